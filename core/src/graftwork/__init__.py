@@ -1,0 +1,20 @@
+"""Graftwork: research papers on language models as plugins of one trainer.
+
+Importing this package costs pluggy and nothing more; torch and transformers come in with the
+first job that needs them.
+"""
+
+from graftwork.errors import PluginError, UserError
+from graftwork.hookspecs import Adapter, GradientTransform, LossTerm, TrainingAlgorithm, hookimpl
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "GradientTransform",
+    "LossTerm",
+    "PluginError",
+    "TrainingAlgorithm",
+    "UserError",
+    "hookimpl",
+]

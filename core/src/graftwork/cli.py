@@ -1,0 +1,194 @@
+"""The command ``trainer``: thin, and quick to start. Every verb imports its work when it is called."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from graftwork.errors import PluginError, UserError
+
+_model = click.option(
+    "--model", required=True, metavar="REF", help="Hub id, folder, run, GGUF file, or smollm2-135m (bundled)."
+)
+_plugin = click.option(
+    "--plugin", "plugins", multiple=True, metavar="NAME", help="Use this plugin; repeatable."
+)
+_set = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting, e.g. train.max_steps=10; repeatable.",
+)
+_output = click.option("--output", metavar="DIR", help="Run directory.  [default: runs/<name>-<time>]")
+_resume = click.option("--resume", is_flag=True, help="Go on with the run in --output.")
+_versions = click.option(
+    "--allow-other-versions", is_flag=True, help="Resume although plugin versions have changed."
+)
+_dry = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Resolve everything, report parameters, memory and steps; read no weights or data.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="graftwork", prog_name="trainer")
+def cli(debug: bool) -> None:
+    """Train, evaluate and generate with research papers as plugins.
+
+    \b
+    trainer plugins list
+    trainer train --model smollm2-135m --data tasks/ --plugin NAME
+    trainer run NAME:claim --size smoke
+    """
+
+
+@cli.command()
+@_model
+@click.option("--data", required=True, metavar="SOURCE", help="Task folder, JSONL file, or <layout>:<path>.")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["sft", "dpo", "grpo", "trainer"]),
+    default="sft",
+    show_default=True,
+    help="TRL's SFT, DPO or GRPO trainer, or transformers' own.",
+)
+@_plugin
+@_set
+@_output
+@_resume
+@_versions
+@_dry
+def train(**options: Any) -> None:
+    """Train a model on one task or on a stream of tasks."""
+    from graftwork.commands.training import train
+
+    sys.exit(train(**options))
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--size", metavar="NAME", help="One of the recipe's sizes.  [default: its first]")
+@click.option("--step", "steps", multiple=True, metavar="NAME", help="Run only this step; repeatable.")
+@_plugin
+@_set
+@_output
+@_resume
+@_versions
+@_dry
+def run(**options: Any) -> None:
+    """Run RECIPE: a YAML file, or <plugin>:<recipe> for one that an installed plugin ships.
+
+    Exits with 1 when a claim that the recipe expects does not hold.
+    """
+    from graftwork.commands.training import run
+
+    sys.exit(run(**options))
+
+
+@cli.command()
+@_model
+@click.option("--data", metavar="SOURCE", help="Tasks to score: a folder or <layout>:<path>.")
+@click.option("--text", metavar="FILE", help="Text file to take the perplexity of.")
+@_plugin
+@_set
+@click.option("--output", metavar="FILE", help="Write the scores as JSON here.")
+def evaluate(**options: Any) -> None:
+    """Score a model on tasks and measure its perplexity on a text."""
+    from graftwork.commands.using import evaluate
+
+    evaluate(**options)
+
+
+@cli.command()
+@_model
+@click.option(
+    "--prompt", required=True, metavar="TEXT", help="What to say to the model; '-' reads standard input."
+)
+@click.option("--plain", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@_plugin
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of transformers' generate, e.g. top_p=0.9.",
+)
+@click.option("--seed", type=int, default=42, show_default=True)
+def generate(**options: Any) -> None:
+    """Let a model answer."""
+    from graftwork.commands.using import generate
+
+    generate(**options)
+
+
+@cli.command()
+@click.argument("directory")
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
+def report(**options: Any) -> None:
+    """Print the tables of a finished run and write its report.html again."""
+    from graftwork.commands.training import report
+
+    report(**options)
+
+
+@cli.group()
+def plugins() -> None:
+    """See what is installed."""
+
+
+@plugins.command("list")
+def list_plugins() -> None:
+    """List installed plugins; imports none of them."""
+    from graftwork.commands.ecosystem import list_plugins
+
+    list_plugins()
+
+
+@plugins.command("show")
+@click.argument("name")
+def show_plugin(name: str) -> None:
+    """Show a plugin's options, hooks and recipes."""
+    from graftwork.commands.ecosystem import show_plugin
+
+    show_plugin(name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed or a claim not held, 2 bad input."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_guarded(lambda: cli.main(arguments, "trainer", standalone_mode=False), debug))
+
+
+def _guarded(call: Callable[[], Any], debug: bool) -> int:
+    try:
+        result = call()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return 130
+    except KeyboardInterrupt:
+        click.echo("interrupted; add --resume to go on", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except UserError as error:
+        _tell(error, debug)
+        return 2
+    except PluginError as error:
+        _tell(error, debug)
+        return 1
+
+
+def _tell(error: Exception, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    click.echo(f"error: {error}", err=True)
+    if not debug and error.__cause__ is not None:
+        click.echo("(add --debug before the verb for the traceback)", err=True)

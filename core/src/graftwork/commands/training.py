@@ -1,0 +1,208 @@
+"""``trainer train``, ``trainer run`` and ``trainer report``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from graftwork import expect
+from graftwork.console import Console
+from graftwork.errors import UserError
+from graftwork.files import write_json_atomic
+from graftwork.recipe import Recipe, expand
+from graftwork.recipes import locate
+from graftwork.yaml_lines import Document, read
+
+RESULTS = "results.json"
+
+
+def train(
+    model: str,
+    data: str,
+    algorithm: str,
+    plugins: Sequence[str],
+    sets: Sequence[str],
+    output: str | None,
+    resume: bool,
+    allow_other_versions: bool,
+    dry_run: bool,
+) -> int:
+    """Run one training job made from flags."""
+    settings = {"model": model, "data": data, "algorithm": algorithm}
+    recipe = expand(Document(settings, {}, "train"), sets=sets, plugins=plugins)
+    return _execute(recipe, "train", output, resume, allow_other_versions, dry_run)
+
+
+def run(
+    recipe: str,
+    size: str | None,
+    steps: Sequence[str],
+    plugins: Sequence[str],
+    sets: Sequence[str],
+    output: str | None,
+    resume: bool,
+    allow_other_versions: bool,
+    dry_run: bool,
+) -> int:
+    """Run a recipe and judge its claims; return 0 where all held, else 1."""
+    path = locate(recipe)
+    expanded = expand(read(path), size=size, sets=sets, plugins=plugins, steps=steps)
+    name = recipe.replace(":", "-") if not Path(recipe).exists() else path.stem
+    return _execute(expanded, name, output, resume, allow_other_versions, dry_run)
+
+
+def report(directory: str, markdown: bool) -> None:
+    """Print the tables of a finished run and render its report again."""
+    from graftwork.train.checkpoints import read_json
+
+    root = Path(directory)
+    results = read_json(root / RESULTS)
+    if results is None:
+        raise UserError(f"'{directory}' holds no finished run ({RESULTS} is missing or broken)")
+    _tables(dict(results), markdown=markdown)
+    _render(dict(results), root)
+
+
+def _execute(
+    recipe: Recipe, name: str, output: str | None, resume: bool, allow_other_versions: bool, dry_run: bool
+) -> int:
+    claims = [expect.parse(text, recipe.arms) for text in recipe.expect] if _complete(recipe) else []
+    if dry_run:
+        from graftwork.train.plan import dry_run as describe
+
+        for spec in recipe.jobs:
+            describe(spec)
+        return 0
+    if resume and output is None:
+        raise UserError("--resume needs --output: the directory of the run to go on with")
+    main = os.environ.get("RANK", "0") == "0"
+    root = Path(output) if output else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    console = Console(enabled=main)
+    jobs = _run_jobs(recipe, root, console, resume, allow_other_versions)
+    if not main:
+        return 0
+    results = _results(recipe, jobs, [expect.judge(claim, jobs) for claim in claims])
+    write_json_atomic(root / RESULTS, results)
+    if output is None:
+        _point_last(root)
+    _tables(results)
+    _render(results, root)
+    return 0 if all(entry["verdict"] == "held" for entry in results["expect"]) else 1
+
+
+def _complete(recipe: Recipe) -> bool:
+    """Whether all arms are there; with ``--step`` some are missing and the claims cannot be judged."""
+    return len(recipe.arms) >= len(recipe.source.get("steps") or [None])
+
+
+def _run_jobs(
+    recipe: Recipe, root: Path, console: Console, resume: bool, allow_other_versions: bool
+) -> list[dict[str, Any]]:
+    from graftwork.run import lock_folder
+    from graftwork.train.job import check_job, quiet_libraries, run_job
+
+    quiet_libraries()
+    # Everything that can be refused is refused for all jobs before the first one costs an hour.
+    checked: set[str] = set()
+    for spec in recipe.jobs:
+        if spec.arm not in checked:
+            check_job(spec)
+            checked.add(spec.arm)
+    if len(recipe.jobs) == 1:
+        return [_one(recipe.jobs[0], root, console, resume, allow_other_versions, run_job)]
+    if root.exists() and any(root.iterdir()) and not resume:
+        raise UserError(f"'{root}' is not empty; add --resume to go on with it, or name another --output")
+    jobs = []
+    with lock_folder(root) if console.enabled else contextlib.nullcontext():
+        for number, spec in enumerate(recipe.jobs, 1):
+            console.say(f"[{number}/{len(recipe.jobs)}] {spec.arm}  {spec.variant}")
+            folder = root / spec.folder
+            jobs.append(
+                _one(spec, folder, console, resume and folder.exists(), allow_other_versions, run_job)
+            )
+    return jobs
+
+
+def _one(
+    spec: Any, folder: Path, console: Console, resume: bool, allow: bool, run_job: Any
+) -> dict[str, Any]:
+    from graftwork.run import Events
+
+    result = run_job(spec, folder, console=console, resume=resume, allow_other_versions=allow)
+    losses = [
+        {
+            key: value
+            for key, value in event.items()
+            if key == "task" or key == "step" or key.startswith("loss")
+        }
+        for event in Events(folder / "metrics.jsonl").read()
+        if event["event"] == "log"
+    ]
+    return {**result, "losses": losses, "folder": folder.name}
+
+
+def _results(recipe: Recipe, jobs: list[dict[str, Any]], verdicts: list[dict[str, str]]) -> dict[str, Any]:
+    from graftwork.run import hardware, versions
+
+    shown = [
+        {key: value for key, value in job.items() if key not in ("items", "general_items")} for job in jobs
+    ]
+    return {
+        "title": recipe.title,
+        "size": recipe.size,
+        "model": recipe.jobs[0].job.model.ref,
+        "command": shlex.join(["trainer", *sys.argv[1:]]),
+        "jobs": shown,
+        "expect": verdicts,
+        "hardware": hardware(),
+        "versions": versions(),
+        "notes": [],
+    }
+
+
+def _tables(results: dict[str, Any], markdown: bool = False) -> None:
+    from graftwork.report import tables
+
+    jobs = results["jobs"]
+    scored = [job for job in jobs if job["scores"]]
+    if markdown:
+        click.echo(tables.comparison_markdown(jobs))
+        if results["expect"]:
+            click.echo("\n" + tables.expect_markdown(results))
+        return
+    for job in scored[:1] if len(scored) > 4 else scored:
+        click.echo(f"\n{job['name']}  {job['variant']}")
+        click.echo(tables.score_table(job))
+    if scored:
+        click.echo("\n" + tables.comparison_table(jobs))
+    for job in scored:
+        if job["general"] and len(scored) <= 4:
+            click.echo(f"\n{job['name']}: general ability")
+            click.echo(tables.general_table(job))
+    if results["expect"]:
+        click.echo("\n" + tables.expect_table(results))
+
+
+def _render(results: dict[str, Any], root: Path) -> None:
+    from graftwork.report.html import write_report
+
+    write_report(results, root / "report.html")
+    click.echo(f"\nreport:  {root / 'report.html'}")
+    for job in results["jobs"][:1] if len(results["jobs"]) == 1 else []:
+        click.echo(f"model:   {root / job['output']}")
+
+
+def _point_last(root: Path) -> None:
+    """Let ``runs/last`` name the newest run."""
+    link = root.parent / "last"
+    aside = root.parent / f".last-{os.getpid()}"
+    aside.symlink_to(root.name)
+    aside.replace(link)

@@ -1,0 +1,158 @@
+"""``trainer evaluate`` and ``trainer generate``: use a model, trained here or elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from graftwork.console import Console
+from graftwork.errors import UserError
+from graftwork.files import write_json_atomic
+from graftwork.plugins import Plugins
+from graftwork.recipe import Job, expand
+from graftwork.run import Run
+from graftwork.yaml_lines import Document, parse_value
+
+
+def evaluate(
+    model: str,
+    data: str | None,
+    text: str | None,
+    plugins: Sequence[str],
+    sets: Sequence[str],
+    output: str | None,
+) -> None:
+    """Score a model on tasks and texts; print a table and write JSON."""
+    from graftwork.data.stream import build_stream
+    from graftwork.evaluate.answers import score_task
+    from graftwork.evaluate.perplexity import perplexity
+
+    if not data and not text:
+        raise UserError("evaluate needs --data (tasks to score), --text (a text for its perplexity), or both")
+    settings = {"model": model, "data": data or "none", "evaluate": {"cells": "final"}}
+    job = expand(Document(settings, {}, "evaluate"), sets=sets, plugins=plugins).jobs[0].job
+    tasks = build_stream(job.data, seed=job.seed) if data else []
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    with _loaded(job) as (run, loaded, tokenizer):
+        for task in tasks:
+            if task.test is None:
+                raise UserError(f"task '{task.name}' has no test items to score")
+            with console.bar(len(task.test), f"score {task.name}") as bar:
+                score = score_task(
+                    loaded,
+                    tokenizer,
+                    task,
+                    batch_size=job.evaluate.batch_size,
+                    max_new_tokens=job.evaluate.max_new_tokens,
+                    logits_processors=_processors(run, loaded),
+                    contexts=lambda: _contexts(run, loaded),
+                    progress=bar.update,
+                )
+            rows.append(
+                {
+                    "task": task.name,
+                    "accuracy": score.accuracy,
+                    "invalid": score.invalid,
+                    "items": len(task.test),
+                }
+            )
+        result: dict[str, Any] = {"model": model, "plugins": list(job.plugins), "tasks": rows}
+        if text:
+            with console.bar(None, "perplexity", "window") as bar:
+                result["perplexity"] = perplexity(
+                    loaded,
+                    tokenizer,
+                    Path(text),
+                    window=job.evaluate.general.window,
+                    max_windows=job.evaluate.general.windows,
+                    progress=bar.update,
+                )
+    if rows:
+        click.echo(f"{'TASK':<24} {'ACCURACY %':>10} {'INVALID %':>10} {'ITEMS':>6}")
+        for row in rows:
+            click.echo(
+                f"{row['task']:<24} {100 * row['accuracy']:>10.1f} {100 * row['invalid']:>10.1f} {row['items']:>6}"
+            )
+    if text:
+        value = result["perplexity"]
+        click.echo(f"perplexity {value['perplexity']:.3f} over {value['tokens']} tokens of {text}")
+    if output:
+        write_json_atomic(Path(output), result)
+
+
+def generate(
+    model: str, prompt: str, plain: bool, plugins: Sequence[str], sets: Sequence[str], seed: int
+) -> None:
+    """Print a model's answer to one prompt."""
+    from transformers import GenerationConfig, set_seed
+
+    options = _generation_options(sets, set(GenerationConfig().to_dict()))
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UserError("the prompt is empty; write something after --prompt")
+    job = expand(Document({"model": model, "data": "none"}, {}, "generate"), plugins=plugins).jobs[0].job
+    with _loaded(job) as (run, loaded, tokenizer):
+        set_seed(seed)
+        if tokenizer.chat_template and not plain:
+            chat = [{"role": "user", "content": text}]
+            batch = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            batch = tokenizer(text, return_tensors="pt")
+        batch = batch.to(loaded.device)
+        with contextlib.ExitStack() as stack:
+            for context in _contexts(run, loaded):
+                stack.enter_context(context)
+            ids = loaded.generate(**batch, logits_processor=_processors(run, loaded), **options)
+        click.echo(tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+
+
+def _generation_options(sets: Sequence[str], known: set[str]) -> dict[str, Any]:
+    from graftwork.errors import did_you_mean
+
+    options: dict[str, Any] = {"max_new_tokens": 128, "do_sample": False}
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals or key not in known:
+            raise UserError(
+                f"--set {item}: transformers' generate has no option '{key}'{did_you_mean(key, known)}"
+            )
+        options[key] = parse_value(value)
+    return options
+
+
+@contextlib.contextmanager
+def _loaded(job: Job) -> Iterator[tuple[Run, Any, Any]]:
+    from graftwork.models import load_model, load_tokenizer
+    from graftwork.train.job import quiet_libraries
+
+    quiet_libraries()
+    run = Run(Path(), job, Plugins.from_options(job.plugins))
+    tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
+    model = load_model(
+        job.model.ref,
+        dtype=job.model.dtype,
+        attn_implementation=job.model.attn_implementation,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+    import torch
+
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    model.eval()
+    yield run, model, tokenizer
+
+
+def _processors(run: Run, model: Any) -> list[Any]:
+    return [item for _, many in run.plugins.call("logits_processors", run=run, model=model) for item in many]
+
+
+def _contexts(run: Run, model: Any) -> list[Any]:
+    return [context for _, context in run.plugins.call("generation_context", run=run, model=model)]

@@ -1,0 +1,46 @@
+"""Seams of ``transformers.Trainer`` that its public interface does not offer.
+
+Tested with transformers 5.19 to 5.23. Both read attributes that the Trainer documents for
+subclasses; the second wraps ``_load_from_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
+
+
+def loss_is_scaled(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Return whether ``compute_loss`` already normalised over the whole accumulated batch.
+
+    Where it did not, ``training_step`` divides the loss by the number of accumulation steps.
+    """
+    if trainer.loss_is_scaled_for_ga is not None:
+        return trainer.loss_is_scaled_for_ga
+    return (trainer.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
+        trainer.compute_loss_func is not None
+    )
+
+
+@contextlib.contextmanager
+def keep_adapter_activity(model: torch.nn.Module) -> Iterator[None]:
+    """Restore which adapters are active and which parameters train, after the Trainer loaded a checkpoint.
+
+    The Trainer activates only the first adapter and makes all of it trainable, which undoes stacks of
+    adapters and frozen parts of one adapter.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not hasattr(model, "peft_config") or tuner is None:
+        yield
+        return
+    active = list(model.active_adapters)
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    yield
+    tuner.set_adapter(active)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains[name])

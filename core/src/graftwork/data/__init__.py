@@ -1,0 +1,1 @@
+"""Task streams: what is learned, in which order, and how an item becomes a prompt."""

@@ -1,0 +1,28 @@
+"""The one exception that means "the input is wrong, and here is the cure"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us, told in one sentence: what, where, what would be right.
+
+    The command line prints the sentence and exits with code 2, without a traceback.
+    """
+
+
+class PluginError(Exception):
+    """A plugin raised inside a hook; the message names both, and ``__cause__`` is the original error."""
+
+    def __init__(self, plugin: str, hook: str, cause: BaseException) -> None:
+        super().__init__(f"plugin '{plugin}' failed in hook '{hook}': {type(cause).__name__}: {cause}")
+        self.plugin = plugin
+        self.hook = hook
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

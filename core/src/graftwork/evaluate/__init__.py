@@ -1,0 +1,1 @@
+"""Scores: continual-learning metrics, paired bootstrap, generated answers, perplexity."""

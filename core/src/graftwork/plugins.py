@@ -1,0 +1,197 @@
+"""Find plugins (metadata only), import the named ones, construct them, call their hooks.
+
+Discovery reads entry points and imports nothing. A plugin's code runs only after it was named.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from graftwork.errors import PluginError, UserError, did_you_mean
+from graftwork.hookspecs import ENTRY_POINT_GROUP, PROJECT, GraftworkHooks
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What an installed plugin's metadata says, without importing it."""
+
+    name: str
+    distribution: str
+    version: str
+    entry_point: importlib.metadata.EntryPoint
+
+    @property
+    def module(self) -> str:
+        return self.entry_point.module
+
+
+def discover() -> dict[str, PluginInfo]:
+    """Return installed plugins by name.
+
+    Raises:
+        UserError: two distributions offer a plugin of the same name.
+    """
+    found: dict[str, PluginInfo] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        distribution = point.dist
+        name = distribution.name if distribution else "unknown"
+        version = distribution.version if distribution else "unknown"
+        previous = found.get(point.name)
+        if previous and previous.distribution != name:
+            raise UserError(
+                f"plugin '{point.name}' is offered by two installed packages, "
+                f"'{previous.distribution}' and '{name}'; uninstall one of them"
+            )
+        found[point.name] = PluginInfo(point.name, name, version, point)
+    return dict(sorted(found.items()))
+
+
+def find(name: str) -> PluginInfo:
+    """Return the installed plugin ``name``, or say which package to install."""
+    installed = discover()
+    if name in installed:
+        return installed[name]
+    known = ", ".join(installed) or "none"
+    raise UserError(
+        f"plugin '{name}' is not installed{did_you_mean(name, installed)}; "
+        f"`pip install graftwork-{name}` would provide it if it is published under the usual name "
+        f"(installed: {known})"
+    )
+
+
+def load_class(name: str) -> type:
+    """Import the plugin ``name`` and return its class. A failing import is told as such."""
+    info = find(name)
+    try:
+        plugin_class = info.entry_point.load()
+    except Exception as error:
+        raise UserError(
+            f"plugin '{name}' (package {info.distribution} {info.version}) cannot be imported: "
+            f"{type(error).__name__}: {error}; repair or uninstall it"
+        ) from error
+    if not isinstance(plugin_class, type):
+        raise UserError(
+            f"plugin '{name}' (package {info.distribution}): its entry point names "
+            f"{type(plugin_class).__name__} '{info.entry_point.value}', where a class is expected"
+        )
+    return plugin_class
+
+
+def options_class(plugin_class: type) -> type[BaseModel]:
+    """Return the plugin's pydantic options model; a plugin without options has an empty one."""
+    from pydantic import BaseModel, ConfigDict
+
+    class NoOptions(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+    return getattr(plugin_class, "Options", NoOptions)
+
+
+def construct(name: str, options: Mapping[str, Any], where: str = "") -> Any:
+    """Return the plugin object for validated ``options``; ``where`` says where they were written."""
+    from pydantic import ValidationError
+
+    from graftwork.validation import first_problem
+
+    plugin_class = load_class(name)
+    model = options_class(plugin_class)
+    try:
+        validated = model.model_validate(dict(options))
+    except ValidationError as error:
+        raise UserError(f"{where}plugin '{name}': {first_problem(error, model)}") from None
+    try:
+        return plugin_class(validated)
+    except UserError:
+        raise
+    except Exception as error:
+        raise PluginError(name, "__init__", error) from error
+
+
+class Plugins:
+    """The plugins of one run, in ``--plugin`` order, and the way to call their hooks."""
+
+    def __init__(self, selected: Mapping[str, Any] | None = None) -> None:
+        self.manager = pluggy.PluginManager(PROJECT)
+        self.manager.add_hookspecs(GraftworkHooks)
+        self.objects: dict[str, Any] = {}
+        self._callers: dict[tuple[str, str], Any] = {}
+        for name, plugin in (selected or {}).items():
+            try:
+                self.manager.register(plugin, name=name)
+                self.manager.check_pending()
+            except pluggy.PluginValidationError as error:
+                raise UserError(f"plugin '{name}' does not fit this version of the hooks: {error}") from error
+            self.objects[name] = plugin
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Mapping[str, Any] | None], where: str = "") -> Plugins:
+        """Import and construct the plugins named by the keys of ``options``."""
+        return cls({name: construct(name, values or {}, where) for name, values in options.items()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.objects)
+
+    def implements(self, hook: str) -> list[str]:
+        """Return the names of the plugins that implement ``hook``, in order."""
+        having = {impl.plugin_name for impl in getattr(self.manager.hook, hook).get_hookimpls()}
+        return [name for name in self.objects if name in having]
+
+    def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        """Call ``hook`` on every plugin in order; return ``(plugin name, result)`` where not None.
+
+        Raises:
+            PluginError: a plugin raised anything else than UserError; its name is in the message.
+        """
+        results: list[tuple[str, Any]] = []
+        for name in self.implements(hook):
+            result = self.call_on(name, hook, **arguments)
+            if result is not None:
+                results.append((name, result))
+        return results
+
+    def call_on(self, name: str, hook: str, **arguments: Any) -> Any:
+        """Call ``hook`` on the one plugin ``name``; None if it does not implement it."""
+        key = (name, hook)
+        if key not in self._callers:
+            others = [plugin for other, plugin in self.objects.items() if other != name]
+            self._callers[key] = self.manager.subset_hook_caller(hook, others)
+        try:
+            results = self._callers[key](**arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            raise PluginError(name, hook, error) from error
+        return results[0] if results else None
+
+    def call_one(self, hook: str, what: str, **arguments: Any) -> tuple[str, Any] | None:
+        """Call a hook of which only one plugin may return something (``what``, in words).
+
+        Raises:
+            UserError: two plugins both returned one; the message names both, the hook, the way out.
+        """
+        results = self.call(hook, **arguments)
+        if len(results) > 1:
+            first, second = results[0][0], results[1][0]
+            raise UserError(
+                f"plugins '{first}' and '{second}' cannot be combined: each brings {what} "
+                f"(hook {hook}) and a run has only one; leave one of them out"
+            )
+        return results[0] if results else None
+
+    def versions(self) -> dict[str, dict[str, str]]:
+        """Return distribution and version of every selected plugin, for the manifest."""
+        installed = discover()
+        return {
+            name: {"distribution": installed[name].distribution, "version": installed[name].version}
+            if name in installed
+            else {"distribution": "in-process", "version": "0"}
+            for name in self.objects
+        }

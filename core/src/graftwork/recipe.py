@@ -1,0 +1,336 @@
+"""The recipe: what a run is made of, as YAML with ``--set dotted.key=value`` on top.
+
+A recipe holds the settings that all its steps share (``model``, ``data``, ``adapter``, ``plugins``,
+``algorithm``, ``train``, ``evaluate``, ``seed``), the ``steps`` (each with its own overrides),
+``repeat`` (settings to vary, such as seeds and task orders), ``sizes`` (named sets of overrides) and
+``expect`` (the claims that the results must show). A recipe without steps is one training job.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from graftwork import yaml_lines
+from graftwork.data.options import DataOptions
+from graftwork.errors import UserError, did_you_mean
+from graftwork.validation import first_problem, problem_path
+
+SHARED_KEYS = ("model", "data", "adapter", "plugins", "algorithm", "train", "evaluate", "seed")
+RECIPE_KEYS = ("title", "steps", "repeat", "sizes", "expect")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class ModelOptions(BaseModel):
+    """Which model, and how it is loaded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ref: str = Field(description="hub id, folder, GGUF file, or the bundled smollm2-135m")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of the loaded weights; auto keeps the checkpoint's own"
+    )
+    attn_implementation: str | None = Field(None, description="as in transformers' from_pretrained")
+    trust_remote_code: bool = Field(False, description="run code that comes with a hub model")
+    config: dict[str, Any] | None = Field(
+        None, description="inline model config (model_type, hidden_size, ...) for a dry run without the hub"
+    )
+
+
+class GeneralOptions(BaseModel):
+    """What is measured before and after the stream to see what else was lost."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = Field(None, description="text file for perplexity")
+    window: int = Field(256, ge=8, description="tokens per perplexity window")
+    windows: int | None = Field(None, ge=1, description="use the first so many windows; all if not set")
+    tasks: list[str] = Field([], description="tasks of the data source that are not in the stream")
+
+
+class EvaluateOptions(BaseModel):
+    """How the tasks are scored after every stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cells: Literal["all", "seen", "final"] = Field(
+        "all",
+        description="all tasks after every task, only those seen so far and the next, or only at the end",
+    )
+    batch_size: int = Field(25, ge=1, description="prompts per generate call")
+    max_new_tokens: int = Field(8, ge=1, description="longest answer, in tokens")
+    general: GeneralOptions = GeneralOptions()
+
+
+class Job(BaseModel):
+    """One training job with every setting resolved."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelOptions
+    data: DataOptions
+    adapter: dict[str, Any] | None = Field(
+        None, description="fields of PEFT's config class, with peft_type, and policy: shared|stacked|separate"
+    )
+    plugins: dict[str, dict[str, Any]] = Field({}, description="plugin name: its options, in order")
+    algorithm: Literal["sft", "dpo", "grpo", "trainer"] = Field(
+        "sft", description="TRL's SFT, DPO or GRPO trainer, or transformers' own Trainer"
+    )
+    train: dict[str, Any] = Field({}, description="fields of the trainer's own config class")
+    evaluate: EvaluateOptions = EvaluateOptions()
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of data, weights and order")
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _empty_options(cls, value: Any) -> Any:
+        return {k: v or {} for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class RecipeFrame(BaseModel):
+    """The keys of a recipe that are not settings of a job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str = ""
+    steps: list[dict[str, Any]] = []
+    repeat: dict[str, list[Any] | dict[str, Any]] = {}
+    sizes: dict[str, dict[str, Any]] = {}
+    expect: list[str] = []
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A job of a recipe: the arm it belongs to and the variant (seed, order, ...) it stands for."""
+
+    arm: str
+    variant: str
+    job: Job
+    where: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Return a folder name made of the arm and the variant."""
+        return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{self.arm}-{self.variant}" if self.variant else self.arm)
+
+
+@dataclass
+class Recipe:
+    """A recipe, expanded into its jobs."""
+
+    title: str
+    size: str
+    jobs: list[JobSpec]
+    expect: list[str]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(spec.arm for spec in self.jobs))
+
+
+def load(
+    path: Path,
+    *,
+    size: str | None = None,
+    sets: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    steps: Sequence[str] = (),
+) -> Recipe:
+    """Read the recipe at ``path`` and expand it; see :func:`expand`."""
+    return expand(yaml_lines.read(path), size=size, sets=sets, plugins=plugins, steps=steps)
+
+
+def expand(
+    document: yaml_lines.Document,
+    *,
+    size: str | None = None,
+    sets: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    steps: Sequence[str] = (),
+) -> Recipe:
+    """Return the jobs of a recipe: steps x repeat, with size, ``--set`` and ``--plugin`` applied.
+
+    ``steps`` keeps only the named steps.
+
+    Raises:
+        UserError: unknown key (file, line, nearest known key), unknown size or step, bad value.
+    """
+    raw = document.data
+    for key in raw:
+        if key not in SHARED_KEYS + RECIPE_KEYS:
+            known = SHARED_KEYS + RECIPE_KEYS
+            raise UserError(
+                f"{document.where((key,))}: unknown key '{key}'{did_you_mean(key, known)}; known: {', '.join(known)}"
+            )
+    tree, size = _with_size(document, size)
+    overrides = [_parse_set(text) for text in sets]
+    for path, value in overrides:
+        if path[0] in RECIPE_KEYS:
+            _assign(tree, path, value)
+    frame = _validate(RecipeFrame, {k: v for k, v in tree.items() if k in RECIPE_KEYS}, document, [()])
+    base = _normalised({k: v for k, v in tree.items() if k in SHARED_KEYS})
+    jobs: list[JobSpec] = []
+    for index, step in enumerate(frame.steps or [{}]):
+        arm = _arm_name(step, index, document)
+        if steps and arm not in steps:
+            continue
+        merged = deep_merge(base, _normalised({k: v for k, v in step.items() if k != "name"}))
+        for variant, assignments in _variants(frame.repeat):
+            settings = copy.deepcopy(merged)
+            for path, value in assignments:
+                _assign(settings, path, value)
+            for name in plugins:
+                settings.setdefault("plugins", {}).setdefault(name, {})
+            _apply_sets(settings, overrides)
+            prefixes = [("steps", index), ("sizes", size), ()]
+            job = _validate(Job, settings, document, prefixes)
+            jobs.append(JobSpec(arm, variant, job, document.name))
+    _check_steps(steps, frame, document)
+    return Recipe(frame.title or Path(document.name).stem, size, jobs, frame.expect, tree)
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``over`` on top: mappings merge, everything else is replaced."""
+    result = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = deep_merge(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def _with_size(document: yaml_lines.Document, size: str | None) -> tuple[dict[str, Any], str]:
+    tree = copy.deepcopy(document.data)
+    sizes = tree.get("sizes") or {}
+    if not isinstance(sizes, dict):
+        raise UserError(
+            f"{document.where(('sizes',))}: 'sizes' is a mapping of a size's name to its settings"
+        )
+    if size is None:
+        size = next(iter(sizes), "")
+    elif size not in sizes:
+        known = ", ".join(sizes) or "none"
+        raise UserError(f"{document.name}: no size '{size}'{did_you_mean(size, sizes)}; it has: {known}")
+    over = sizes.get(size) or {}
+    if not isinstance(over, dict):
+        raise UserError(f"{document.where(('sizes', size))}: a size is a mapping of settings")
+    for key in over:
+        if key not in SHARED_KEYS + RECIPE_KEYS:
+            known = SHARED_KEYS + RECIPE_KEYS
+            raise UserError(
+                f"{document.where(('sizes', size, key))}: unknown key '{key}'{did_you_mean(key, known)}"
+            )
+    return deep_merge(_normalised(tree), _normalised(over)), size
+
+
+def _normalised(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the short forms out: ``model: x`` is ``model: {ref: x}``, ``data: x`` names the source."""
+    result = dict(settings)
+    if isinstance(result.get("model"), str):
+        result["model"] = {"ref": result["model"]}
+    if isinstance(result.get("data"), str):
+        result["data"] = {"source": result["data"]}
+    return result
+
+
+def _arm_name(step: Mapping[str, Any], index: int, document: yaml_lines.Document) -> str:
+    if not step:
+        return "train"
+    name = step.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UserError(
+            f"{document.where(('steps', index))}: step {index + 1} needs a 'name' of letters, digits, '-', '_'"
+        )
+    for key in step:
+        if key != "name" and key not in SHARED_KEYS:
+            raise UserError(
+                f"{document.where(('steps', index, key))}: unknown key '{key}' in step '{name}'"
+                f"{did_you_mean(key, SHARED_KEYS)}; known: name, {', '.join(SHARED_KEYS)}"
+            )
+    return name
+
+
+def _check_steps(wanted: Sequence[str], frame: RecipeFrame, document: yaml_lines.Document) -> None:
+    names = [str(step.get("name")) for step in frame.steps]
+    for name in wanted:
+        if name not in names:
+            raise UserError(
+                f"{document.name}: no step '{name}'{did_you_mean(name, names)}; it has: {', '.join(names) or 'none'}"
+            )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{document.where(('steps',))}: two steps are named '{twice}'")
+
+
+def _variants(repeat: Mapping[str, Any]) -> list[tuple[str, list[tuple[list[str], Any]]]]:
+    """Return ``(name, assignments)`` of every combination of the repeated settings."""
+    axes: list[list[tuple[str, list[str], Any]]] = []
+    for dotted, values in repeat.items():
+        path = dotted.split(".")
+        named = values.items() if isinstance(values, dict) else ((str(value), value) for value in values)
+        axes.append([(f"{path[-1]}={name}", path, value) for name, value in named])
+    return [
+        (",".join(part[0] for part in combination), [(part[1], part[2]) for part in combination])
+        for combination in itertools.product(*axes)
+    ]
+
+
+def _parse_set(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"--set {text}: write it as dotted.key=value, for example train.max_steps=10")
+    known = SHARED_KEYS + RECIPE_KEYS
+    if path[0] not in known:
+        raise UserError(
+            f"--set {text}: unknown key '{path[0]}'{did_you_mean(path[0], known)}; known: {', '.join(known)}"
+        )
+    return path, yaml_lines.parse_value(value)
+
+
+def _apply_sets(settings: dict[str, Any], overrides: Sequence[tuple[list[str], Any]]) -> None:
+    for path, value in overrides:
+        if path[0] in RECIPE_KEYS:
+            continue
+        # An option of a plugin is set where the plugin is used; it does not bring the plugin in.
+        if path[0] == "plugins" and len(path) > 1 and path[1] not in (settings.get("plugins") or {}):
+            continue
+        _assign(settings, path, value)
+
+
+def _assign(settings: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    if len(path) == 1 and path[0] in ("model", "data") and isinstance(value, str):
+        value = _normalised({path[0]: value})[path[0]]
+        if isinstance(settings.get(path[0]), dict):
+            value = deep_merge(settings[path[0]], value)
+    node = settings
+    for part in path[:-1]:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = {}
+            node[part] = child
+        node = child
+    node[path[-1]] = value
+
+
+def _validate(
+    model: type[Any],
+    settings: Mapping[str, Any],
+    document: yaml_lines.Document,
+    prefixes: Sequence[tuple[Any, ...]],
+) -> Any:
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        path = problem_path(error)
+        lines = [(*prefix, *path) for prefix in prefixes if (*prefix, *path) in document.lines]
+        where = document.where(lines[0] if lines else (path[0],) if path else ())
+        raise UserError(f"{where}: {first_problem(error, model)}") from None

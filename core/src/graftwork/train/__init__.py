@@ -1,0 +1,1 @@
+"""Training: the composed trainer class, adapters, task streams, checkpoints and resume."""

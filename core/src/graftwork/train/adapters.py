@@ -1,0 +1,182 @@
+"""Inject adapters through PEFT, and do with them what the stream's policy says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from graftwork.errors import UserError, did_you_mean
+from graftwork.hookspecs import Adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from graftwork.run import Run
+
+POLICIES = ("shared", "stacked", "separate")
+
+
+def choose(run: Run, model: PreTrainedModel) -> Adapter | None:
+    """Return the one adapter of this run, from a plugin or from the recipe, or None for full weights.
+
+    ``model`` may be on the meta device.
+
+    Raises:
+        UserError: two plugins, or a plugin and the recipe, both bring one; a field PEFT does not know.
+    """
+    found = run.plugins.call_one("adapter_config", "a whole-model adapter", run=run, model=model)
+    written = run.job.adapter
+    if found and written:
+        raise UserError(
+            f"plugin '{found[0]}' brings a whole-model adapter (hook adapter_config) and the recipe's 'adapter' "
+            f"names another; a run has only one: remove 'adapter' from the recipe or leave the plugin out"
+        )
+    if found:
+        value = found[1]
+        adapter = value if isinstance(value, Adapter) else Adapter(value)
+    elif written:
+        adapter = from_fields(written)
+    else:
+        return None
+    # A portable name instead of a cache folder: whoever loads the adapter elsewhere resolves it the same way.
+    adapter.config.base_model_name_or_path = run.job.model.ref
+    return adapter
+
+
+def from_fields(fields: Mapping[str, Any]) -> Adapter:
+    """Return the adapter that a recipe's ``adapter:`` section describes in PEFT's own field names."""
+    fields = dict(fields)
+    policy = fields.pop("policy", "shared")
+    if policy not in POLICIES:
+        raise UserError(f"adapter.policy = '{policy}': it is one of {', '.join(POLICIES)}")
+    kind = fields.pop("peft_type", None)
+    known = {str(getattr(key, "value", key)): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not isinstance(kind, str) or kind.upper() not in known:
+        word = str(kind)
+        raise UserError(
+            f"adapter.peft_type = {kind!r}: PEFT has no such method{did_you_mean(word.upper(), known)}; "
+            f"write for example peft_type: LORA"
+        )
+    config_class = known[kind.upper()]
+    names = set(config_class.__dataclass_fields__)
+    for key in fields:
+        if key not in names:
+            raise UserError(
+                f"adapter.{key}: {config_class.__name__} has no field '{key}'{did_you_mean(key, names)}"
+            )
+    fields.setdefault("task_type", "CAUSAL_LM")
+    try:
+        return Adapter(config_class(**fields), policy)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter: {config_class.__name__} refuses these fields: {error}") from error
+
+
+class AdapterStack:
+    """The adapters of one run on one model: which exist, which train, where they are saved.
+
+    With the policy ``shared`` there is one adapter named ``default``; with ``stacked`` and
+    ``separate`` one per task, named after it.
+    """
+
+    def __init__(self, adapter: Adapter | None, base: PreTrainedModel) -> None:
+        self.adapter = adapter
+        self.model: Any = base
+        self.names: list[str] = []
+
+    @property
+    def policy(self) -> str:
+        return self.adapter.policy if self.adapter else "shared"
+
+    def begin(self, task_name: str, seed: int) -> None:
+        """Make the adapter that ``task_name`` trains, or go on with the shared one."""
+        if self.adapter is None:
+            return
+        name = "default" if self.policy == "shared" else adapter_name(task_name)
+        if name not in self.names:
+            torch.manual_seed(seed)
+            self._add(name)
+        self._activate(self.names if self.policy == "stacked" else [name], trains=name)
+
+    def use_for(self, task_name: str) -> None:
+        """Activate the adapter that answers ``task_name`` (only ``separate`` has a choice)."""
+        if self.policy == "separate" and adapter_name(task_name) in self.names:
+            self._activate([adapter_name(task_name)], trains=None)
+
+    def save(self, folder: Path) -> None:
+        """Save all adapters (or the full model) below ``folder`` in Hugging Face formats."""
+        self.model.save_pretrained(str(folder), safe_serialization=True)
+
+    def load(self, folder: Path, names: Sequence[str]) -> None:
+        """Put the adapters ``names`` that :meth:`save` wrote onto the base model again, in that order."""
+        for name in names:
+            path = str(folder if name == "default" else folder / name)
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(path, adapter_name=name, is_trainable=True)
+            else:
+                self.model = PeftModel.from_pretrained(self.model, path, adapter_name=name, is_trainable=True)
+            self.model.peft_config[name].base_model_name_or_path = self._base_name()
+            self.names.append(name)
+        if self.policy == "stacked" and self.names:
+            self._activate(self.names, trains=None)
+
+    def export(self, folder: Path) -> None:
+        """Write what a user takes away: one adapter folder that PEFT loads, or a full checkpoint.
+
+        A stack of LoRA adapters is joined into one of the summed rank, which computes the same sum.
+        """
+        if self.policy == "stacked" and len(self.names) > 1 and self._is_lora():
+            ones = [1.0] * len(self.names)
+            self.model.add_weighted_adapter(self.names, ones, "default", combination_type="cat")
+            self.model.peft_config["default"].base_model_name_or_path = self._base_name()
+            self.model.save_pretrained(str(folder), selected_adapters=["default"])
+            self.model.delete_adapter("default")
+            self._activate(self.names, trains=None)
+        else:
+            self.save(folder)
+
+    def _is_lora(self) -> bool:
+        assert self.adapter is not None
+        return str(self.adapter.config.peft_type).endswith("LORA") and hasattr(
+            self.model, "add_weighted_adapter"
+        )
+
+    def _base_name(self) -> str | None:
+        assert self.adapter is not None
+        return self.adapter.config.base_model_name_or_path
+
+    def _add(self, name: str) -> None:
+        assert self.adapter is not None
+        config = copy.deepcopy(self.adapter.config)
+        try:
+            if isinstance(self.model, PeftModel):
+                self.model.add_adapter(name, config)
+            else:
+                self.model = get_peft_model(self.model, config, adapter_name=name)
+        except ValueError as error:
+            raise UserError(f"the adapter does not fit this model: {error}") from error
+        # get_peft_model writes the folder that the base was loaded from; keep the portable name.
+        self.model.peft_config[name].base_model_name_or_path = self._base_name()
+        self.names.append(name)
+
+    def _activate(self, names: list[str], trains: str | None) -> None:
+        self.model.base_model.set_adapter(list(names))
+        if self.policy != "shared":
+            for other in self.names:
+                self.model.set_requires_grad(other, other == trains)
+
+
+def adapter_name(task_name: str) -> str:
+    """Return a module-safe adapter name for a task (PyTorch forbids dots in module names)."""
+    return task_name.replace(".", "_")
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters())

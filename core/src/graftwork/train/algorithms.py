@@ -1,0 +1,91 @@
+"""Which trainer class a recipe means, and its arguments from the recipe's ``train:`` section."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import Trainer, TrainingArguments
+
+from graftwork.errors import UserError, did_you_mean
+from graftwork.hookspecs import TrainingAlgorithm
+
+# Decided by the run itself: where it writes, what it repeats, whom it tells.
+RESERVED = {
+    "output_dir": "the run directory, --output",
+    "seed": "the recipe's own 'seed'",
+    "resume_from_checkpoint": "--resume",
+    "load_best_model_at_end": "nothing: the last step counts, test data never selects a model",
+}
+
+
+def algorithm(name: str) -> TrainingAlgorithm:
+    """Return the trainer and config class behind ``algorithm: sft|dpo|grpo|trainer``."""
+    if name == "trainer":
+        return TrainingAlgorithm(Trainer, TrainingArguments)
+    import trl
+
+    prefix = name.upper()
+    return TrainingAlgorithm(getattr(trl, f"{prefix}Trainer"), getattr(trl, f"{prefix}Config"))
+
+
+def check_fields(config: type[TrainingArguments], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``fields`` with their types put right (``"1e-4"`` is a number where one is expected).
+
+    Raises:
+        UserError: a field that the config class does not have, one that the run decides, a wrong type.
+    """
+    hints = typing.get_type_hints(config)
+    known = {field.name for field in dataclasses.fields(config) if field.init}
+    result = {}
+    for key, value in fields.items():
+        if key in RESERVED:
+            raise UserError(f"train.{key} is decided by {RESERVED[key]}; remove it from 'train'")
+        if key not in known:
+            raise UserError(f"train.{key}: {config.__name__} has no field '{key}'{did_you_mean(key, known)}")
+        try:
+            result[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise UserError(f"train.{key} = {value!r}: {problem[0].lower() + problem[1:]}") from None
+        except Exception:
+            # A few fields have annotations that pydantic cannot build a schema for; the class checks those.
+            result[key] = value
+    return result
+
+
+def build_arguments(
+    config: type[TrainingArguments], fields: Mapping[str, Any], *, output_dir: str, seed: int
+) -> TrainingArguments:
+    """Construct the trainer's arguments and make sure that the processes asked for are really there.
+
+    Defaults of ours, where the recipe is silent: no reporting to services, checkpoints limited to two,
+    losses logged every 5 steps, NaN losses not hidden, and the CPU where there is no accelerator.
+    """
+    chosen = check_fields(config, fields)
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 5,
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 2,
+    }
+    if not torch.accelerator.is_available():
+        # TRL's configs turn bf16 on by default and refuse a CPU then.
+        defaults |= {"use_cpu": True, "bf16": False}
+    try:
+        arguments = config(**{**defaults, **chosen}, output_dir=output_dir, seed=seed)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"train: {config.__name__} refuses these fields: {error}") from error
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != asked:
+        raise UserError(
+            f"the launcher started {asked} processes but the trainer sees {arguments.world_size}; "
+            f"on CPUs start them with `torchrun --nproc_per_node {asked} -m graftwork ...`"
+        )
+    return arguments

@@ -1,0 +1,308 @@
+"""Run one training job: a stream of one or more tasks, scored after each, resumable anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PrinterCallback, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from graftwork import memory
+from graftwork.console import Console
+from graftwork.data.stream import build_stream
+from graftwork.data.tasks import Task
+from graftwork.errors import UserError
+from graftwork.files import atomic_folder, write_json_atomic
+from graftwork.hookspecs import TrainingAlgorithm
+from graftwork.models import build_meta, load_model, load_tokenizer
+from graftwork.plugins import Plugins
+from graftwork.recipe import JobSpec
+from graftwork.run import Run
+from graftwork.train.adapters import AdapterStack, choose, count_parameters
+from graftwork.train.algorithms import algorithm, build_arguments, check_fields
+from graftwork.train.checkpoints import (
+    CURRENT,
+    STAGE,
+    MarkCheckpoints,
+    finished_stages,
+    latest_checkpoint,
+    load_plugin_states,
+    read_json,
+    save_plugin_states,
+    stage_folder,
+)
+from graftwork.train.compose import Composition, compose
+from graftwork.train.progress import Progress
+from graftwork.train.scores import Scores
+
+
+def run_job(
+    spec: JobSpec,
+    directory: Path,
+    *,
+    console: Console,
+    resume: bool = False,
+    allow_other_versions: bool = False,
+) -> dict[str, Any]:
+    """Run (or go on with) one job in ``directory`` and return its result, which is also written there.
+
+    Raises:
+        UserError: anything wrong with the input; raised before anything is written where it can be known.
+    """
+    job = spec.job
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    plugins = Plugins.from_options(job.plugins, where=f"{spec.where}: ")
+    run = Run(directory, job, plugins, rank, world)
+    finished = read_json(run.result_path)
+    if finished is not None and resume:
+        run.open(resume=True, allow_other_versions=allow_other_versions)
+        return dict(finished)
+    plan = Plan.make(run)
+    tasks = build_stream(job.data, seed=job.seed)
+    with run.locked():
+        run.open(resume=resume, allow_other_versions=allow_other_versions)
+        return _Stream(spec, run, plan, tasks, console).execute()
+
+
+def check_job(spec: JobSpec) -> None:
+    """Refuse what can be refused about a job without reading weights, and check that its data is there.
+
+    Raises:
+        UserError: what is wrong, and what would be right.
+    """
+    run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
+    Plan.make(run)
+    build_stream(spec.job.data, seed=spec.job.seed)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own bars and lines; warnings stay, but for those to other libraries' authors."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+class Plan:
+    """What can be decided before weights are read: trainer class, its fields, the adapter."""
+
+    def __init__(self, run: Run, chosen: TrainingAlgorithm, adapter: Any, meta: torch.nn.Module) -> None:
+        self.run = run
+        self.algorithm = chosen
+        self.adapter = adapter
+        self.meta = meta
+
+    @classmethod
+    def make(cls, run: Run) -> Plan:
+        """Resolve everything and refuse what cannot work, on a model without weights."""
+        run.plugins.call("check", run=run)
+        from_plugin = run.plugins.call_one("training_algorithm", "a training algorithm", run=run)
+        chosen = from_plugin[1] if from_plugin else algorithm(run.job.algorithm)
+        check_fields(chosen.config, run.job.train)
+        model = run.job.model
+        meta = build_meta(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
+        return cls(run, chosen, choose(run, meta), meta)
+
+
+class _Stream:
+    """One job in progress."""
+
+    def __init__(self, spec: JobSpec, run: Run, plan: Plan, tasks: list[Task], console: Console) -> None:
+        self.spec = spec
+        self.run = run
+        self.job = run.job
+        self.plan = plan
+        self.tasks = tasks
+        self.console = console
+        self.scores = Scores(run, tasks, console)
+        self.train_seconds = 0.0
+        self.state_bytes = 0
+
+    def execute(self) -> dict[str, Any]:
+        memory.reset_peak()
+        names = [task.name for task in self.tasks]
+        done = finished_stages(self.run, names)
+        arguments = self._arguments(0)
+        model = self.job.model
+        self.tokenizer = load_tokenizer(model.ref, trust_remote_code=model.trust_remote_code)
+        base = load_model(
+            model.ref,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        ).to(arguments.device)
+        self.stack = AdapterStack(self.plan.adapter, base)
+        if done:
+            self._restore(done)
+        else:
+            self.run.events.cut(0)
+            self.scores.before(self.stack, self.tokenizer)
+        for task in self.tasks[len(done) :]:
+            self._learn(task)
+        return self._finish()
+
+    # ------------------------------------------------------------------ one task
+
+    def _learn(self, task: Task) -> None:
+        self.stack.begin(task.name, self.run.seed + task.index)
+        trainer = self._trainer(task)
+        self.run.plugins.call("task_begin", run=self.run, task=task, trainer=trainer)
+        trainer.attach(Composition.collect(self.run, self.stack.model))
+        checkpoint = latest_checkpoint(self.run)
+        if checkpoint:
+            folder, marker = checkpoint
+            self.run.events.cut(marker["events"])
+            load_plugin_states(self.run, folder)
+            self.console.say(f"resuming {task.name} at step {marker['step']}")
+        else:
+            self.run.events.write("task", task=task.name, index=task.index)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+        self.train_seconds += time.perf_counter() - started
+        self.steps = trainer.state.global_step
+        self.run.plugins.call("task_end", run=self.run, task=task, trainer=trainer)
+        self.trainable, self.total = count_parameters(self.stack.model)
+        # The stage holds everything from here on; optimizer state goes with the trainer.
+        trainer.accelerator.free_memory()
+        self.scores.after(task.index, self.stack, self.tokenizer)
+        self._write_stage(task)
+
+    def _trainer(self, task: Task) -> Any:
+        dataset = task.train
+        for _, replaced in self.run.plugins.call("training_data", run=self.run, task=task, dataset=dataset):
+            dataset = replaced
+        arguments = self._arguments(task.index)
+        trainer_class = compose(self.plan.algorithm.trainer)
+        # The same seed for a task whether the run got here in one go or by resuming.
+        set_seed(arguments.seed)
+        with _readable_data_errors(task):
+            trainer = trainer_class(
+                model=self.stack.model,
+                args=arguments,
+                train_dataset=dataset,
+                processing_class=self.tokenizer,
+            )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress(self.run, task, self.console))
+        trainer.add_callback(MarkCheckpoints(self.run, trainer))
+        self.stack.model = trainer.model
+        return trainer
+
+    def _arguments(self, index: int) -> Any:
+        return build_arguments(
+            self.plan.algorithm.config,
+            self.job.train,
+            output_dir=str(self.run.stages / CURRENT),
+            seed=(self.job.seed + index) % 2**32,
+        )
+
+    # ------------------------------------------------------------------ stages
+
+    def _write_stage(self, task: Task) -> None:
+        folder = stage_folder(self.run, task.index, task.name)
+        # Hooks may talk between processes, so all of them ask; only the main one writes.
+        if self.run.main:
+            with atomic_folder(folder) as building:
+                self.stack.save(building / "model")
+                self.state_bytes = save_plugin_states(self.run, building)
+                record = {
+                    "task": task.name,
+                    "index": task.index,
+                    "adapters": self.stack.names,
+                    "events": self.run.events.position,
+                    "train_seconds": self.train_seconds,
+                    "eval_seconds": self.scores.seconds,
+                    "steps": self.steps,
+                    "trainable": self.trainable,
+                    "total": self.total,
+                    "state_bytes": self.state_bytes,
+                    "scores": self.scores.to_json(),
+                }
+                write_json_atomic(building / STAGE, record)
+            shutil.rmtree(self.run.stages / CURRENT, ignore_errors=True)
+            if self.plan.adapter is None and task.index > 0:
+                # Full weights: only the newest stage keeps them, or a long stream would fill the disk.
+                previous = stage_folder(self.run, task.index - 1, self.tasks[task.index - 1].name)
+                shutil.rmtree(previous / "model", ignore_errors=True)
+        else:
+            self.run.plugins.call("save_state", run=self.run)
+        _barrier()
+
+    def _restore(self, done: list[Path]) -> None:
+        record = read_json(done[-1] / STAGE)
+        assert record is not None
+        self.console.say(f"resuming after task {record['task']} ({len(done)} of {len(self.tasks)} done)")
+        self.run.events.cut(record["events"])
+        if self.plan.adapter is None:
+            self._restore_full(done[-1])
+        else:
+            self.stack.load(done[-1] / "model", record["adapters"])
+        load_plugin_states(self.run, done[-1])
+        self.scores.restore(record["scores"], record["eval_seconds"])
+        self.train_seconds = record["train_seconds"]
+        self.steps, self.trainable, self.total = record["steps"], record["trainable"], record["total"]
+        self.state_bytes = record["state_bytes"]
+
+    def _restore_full(self, stage: Path) -> None:
+        model = load_model(
+            str(stage / "model"), dtype="auto", attn_implementation=self.job.model.attn_implementation
+        )
+        self.stack.model = model.to(self.stack.model.device)
+
+    # ------------------------------------------------------------------ the end
+
+    def _finish(self) -> dict[str, Any]:
+        self.scores.finish(self.stack, self.tokenizer)
+        output = self.run.directory / ("adapter" if self.plan.adapter else "model")
+        if self.run.main:
+            shutil.rmtree(output, ignore_errors=True)
+            with atomic_folder(output) as building:
+                self.stack.export(building)
+                self.tokenizer.save_pretrained(str(building))
+        result = {
+            "name": self.spec.arm,
+            "variant": self.spec.variant,
+            "seed": self.job.seed,
+            "plugins": self.job.plugins,
+            "order": [task.name for task in self.tasks],
+            **self.scores.result(),
+            "trainable_parameters": self.trainable,
+            "total_parameters": self.total,
+            "extra_state_bytes": self.state_bytes,
+            "train_seconds": round(self.train_seconds, 3),
+            "peak_memory_bytes": memory.peak_bytes(),
+            "steps": self.steps,
+            "output": output.name,
+        }
+        if self.run.main:
+            write_json_atomic(self.run.result_path, result)
+        _barrier()
+        return result
+
+
+def _barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def _readable_data_errors(task: Task) -> Iterator[None]:
+    """Turn what a trainer class says about columns it does not find into a sentence about the data."""
+    try:
+        yield
+    except KeyError as error:
+        columns = ", ".join(task.train.column_names)
+        raise UserError(
+            f"task '{task.name}': the trainer needs a column {error} that the data does not have "
+            f"(it has: {columns}); the 'algorithm' and the data must fit"
+        ) from error
