@@ -15,22 +15,14 @@ from typing import Any
 
 from graftwork.errors import UserError, did_you_mean
 from graftwork.evaluate.bootstrap import paired_bootstrap
+from graftwork.evaluate.continual import METRICS
 
 _SIDE = r"([A-Za-z0-9][\w-]*)\.([A-Za-z_][\w]*)"
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _CLAIM = re.compile(rf"\s*{_SIDE}\s*(<=|>=|<|>)\s*(?:{_SIDE}\s*(?:([-+])\s*(\d+(?:\.\d+)?))?|({_NUMBER}))\s*")
 
-ITEM_METRICS = ("ap", "bwt", "la")
-PLAIN_METRICS = (
-    "forgetting",
-    "fwt",
-    "stage_average",
-    "unseen",
-    "train_seconds",
-    "peak_memory_bytes",
-    "trainable_parameters",
-    "extra_state_bytes",
-)
+ITEM_METRICS = tuple(METRICS)
+PLAIN_METRICS = ("unseen", "train_seconds", "peak_memory_bytes", "trainable_parameters", "extra_state_bytes")
 Job = Mapping[str, Any]
 
 
@@ -91,12 +83,12 @@ def judge(claim: Claim, jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def _bootstrapped(claim: Claim, pairs: Sequence[tuple[Job, Job]]) -> dict[str, str]:
-    result = paired_bootstrap([(a["items"], b["items"]) for a, b in pairs], metric=claim.metric)
+    orders = [a["order"] for a, _ in pairs]
+    result = paired_bootstrap(
+        [(a["items"], b["items"]) for a, b in pairs], metric=claim.metric, orders=orders
+    )
     low, high, mean = result.low, result.high, result.difference
-    if claim.relation in (">", ">="):
-        verdict = "held" if low > claim.margin else "refuted" if high < claim.margin else "not decided"
-    else:
-        verdict = "held" if high < claim.margin else "refuted" if low > claim.margin else "not decided"
+    verdict = result.verdict(claim.relation, claim.margin)
     detail = (
         f"difference {100 * mean:+.1f} points, 95 % interval [{100 * low:+.1f}, {100 * high:+.1f}], "
         f"{len(pairs)} paired run{'s' if len(pairs) > 1 else ''}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +26,18 @@ def write_text_atomic(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
+        aside, descriptor = _make_aside(path, _new_file)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        Path(aside).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"'{path}' cannot be written: {error.strerror}") from None
-        raise
+        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -48,33 +49,106 @@ def write_json_atomic(path: Path, value: Any) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; it becomes ``path`` when the block ends well, and vanishes otherwise.
 
-    Leftovers of earlier attempts that were killed are removed. ``path`` itself must not exist yet.
+    Leftovers of attempts that were killed are removed; those of living processes stay.
+
+    Raises:
+        FileExistsError: something is already at ``path`` when the block ends.
+        UserError: the place cannot be written, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}-*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part"))
-    aside.chmod(0o755)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside, descriptor = _make_aside(path, _new_folder)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
     try:
         yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        os.rename(aside, path)
-    except BaseException:
+        _settle(aside)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            raise
+        _flush(path.parent)
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        # By its text, because safetensors reports a full disk as an error of its own.
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise UserError(f"'{path}' cannot be written: the disk is full") from error
         raise
-
-
-def _flush(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``, after waiting for whoever holds it; it is released if the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        # Some network file systems have no locks; there the callers' renames must be enough.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------- the sibling that is filled
+
+
+def _make_aside(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """Return a new sibling of ``path`` and its descriptor; its lock tells the living from the killed."""
+    _sweep(path)
+    while True:
+        aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
+        descriptor = make(aside)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if aside.exists():
+            return aside, descriptor
+        os.close(descriptor)  # swept by another process before it was locked
+
+
+def _sweep(path: Path) -> None:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*.part"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _settle(folder: Path) -> None:
+    """Flush everything below ``folder`` to disk, readable for whom the umask allows."""
+    readable = folder.stat().st_mode & 0o444
+    for entry in [*folder.rglob("*"), folder]:
+        if entry.is_file() and not entry.is_symlink():
+            # safetensors writes files that nobody but their owner can read.
+            entry.chmod(entry.stat().st_mode & 0o7777 | readable)
+        _flush(entry)
+
+
+def _flush(entry: Path) -> None:
+    descriptor = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

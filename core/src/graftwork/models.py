@@ -18,7 +18,6 @@ from graftwork.errors import UserError
 from graftwork.files import atomic_folder, sha256
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "smollm2-135m"
@@ -58,7 +57,7 @@ def resolve(ref: str) -> Source:
         return Source(ref, _from_gguf(path, path.stem))
     if path.is_dir():
         return _folder(ref, path)
-    if path.suffix or ref.startswith((".", "/", "~")) or ref.count("/") != 1 and "/" in ref:
+    if path.suffix or ref.startswith((".", "/", "~")) or (ref.count("/") != 1 and "/" in ref):
         raise UserError(f"model '{ref}' does not exist; name a folder, a .gguf file, a hub id or '{BUNDLED}'")
     return Source(ref, None)
 

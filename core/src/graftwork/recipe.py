@@ -60,9 +60,10 @@ class EvaluateOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    cells: Literal["all", "seen", "final"] = Field(
+    cells: Literal["all", "seen", "ends", "final"] = Field(
         "all",
-        description="all tasks after every task, only those seen so far and the next, or only at the end",
+        description="all tasks after every task; only those seen so far and the next; each when learned and at "
+        "the end; or only at the end",
     )
     batch_size: int = Field(25, ge=1, description="prompts per generate call")
     max_new_tokens: int = Field(8, ge=1, description="longest answer, in tokens")
@@ -293,6 +294,9 @@ def _parse_set(text: str) -> tuple[list[str], Any]:
         raise UserError(
             f"--set {text}: unknown key '{path[0]}'{did_you_mean(path[0], known)}; known: {', '.join(known)}"
         )
+    if path[0] == "repeat" and len(path) > 2:
+        # The keys of 'repeat' are dotted paths themselves.
+        path = ["repeat", ".".join(path[1:])]
     return path, yaml_lines.parse_value(value)
 
 

@@ -36,7 +36,8 @@ def evaluate(
         raise UserError("evaluate needs --data (tasks to score), --text (a text for its perplexity), or both")
     settings = {"model": model, "data": data or "none", "evaluate": {"cells": "final"}}
     job = expand(Document(settings, {}, "evaluate"), sets=sets, plugins=plugins).jobs[0].job
-    tasks = build_stream(job.data, seed=job.seed) if data else []
+    names = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
+    tasks = build_stream(job.data, seed=job.seed, tokenizer=names) if data else []
     console = Console()
     rows: list[dict[str, Any]] = []
     with _loaded(job) as (run, loaded, tokenizer):

@@ -5,12 +5,14 @@ Every mistake in a file is told in one sentence with the file and the line or it
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftwork.data.labels import label_problem
 from graftwork.errors import UserError, did_you_mean
 
 # What an item of each form must have; the first form whose keys are all there is the one meant.
@@ -23,13 +25,20 @@ FORMS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "text": {"text": str},
     "prompt": {"prompt": (str, list)},
 }
+# What may stand beside the keys of a form and is handed on to the trainer.
+EXTRAS = ("tools", "chat_template_kwargs")
+Readers = dict[str, Callable[[], "RawTask"]]
+
 # MNLI's test file marks items without a gold label so; a normalised "-" would equal an empty answer.
 NO_GOLD = "-"
 
 
 @dataclass
 class RawTask:
-    """A task as it lies on disk: items of one form, not yet rendered."""
+    """A task as it lies on disk: items of one form (a key of ``FORMS``), not yet rendered.
+
+    ``notes`` says in words what was dropped on reading.
+    """
 
     name: str
     form: str
@@ -56,9 +65,12 @@ def read_tasks(source: str, order: Sequence[str] | None = None) -> list[RawTask]
     readers = LAYOUTS[layout](path)
     if not readers:
         raise UserError(
-            f"data '{path}' holds no tasks; expected <group>/<task>/train.json or <task>.jsonl files"
+            f"data '{path}' holds no tasks; expected <group>/<task>/{{train,labels}}.json, "
+            f"<task>/{{train,test}}.json, <task>/train.jsonl or <task>.jsonl"
         )
-    names = list(order) if order else sorted(readers)
+    if order is not None and not order:
+        raise UserError("data.order is empty; name at least one task, or leave it out to learn all of them")
+    names = list(order) if order is not None else sorted(readers)
     for index, name in enumerate(names):
         if name not in readers:
             raise UserError(
@@ -77,25 +89,36 @@ def task_names(source: str) -> list[str]:
 
 
 def _split(source: str) -> tuple[str, Path]:
+    """Return the layout that ``source`` names, or the one that its files show, and the path."""
     for layout in LAYOUTS:
         if source.startswith(f"{layout}:"):
-            return layout, Path(source.removeprefix(f"{layout}:"))
+            return layout, _path(source.removeprefix(f"{layout}:"), source)
     if source.startswith("cl:"):
         known = ", ".join(layout for layout in LAYOUTS if layout.startswith("cl:"))
         raise UserError(f"data '{source}': unknown layout; known: {known}")
-    path = Path(source)
-    if path.is_dir() and any(path.glob("*/*/labels.json")):
+    path = _path(source, source)
+    if path.is_dir() and any(path.glob("*/*/train.json")):
         return "cl:olora", path
     if path.is_dir() and any(path.glob("*/train.json")):
+        if any(path.glob("*/labels.json")):
+            raise UserError(f"data '{path}' is one group of a benchmark; name the folder above it")
         return "cl:trace", path
+    if path.is_dir() and (path / "train.json").exists():
+        raise UserError(f"data '{path}' is the folder of one task; name the folder that holds the tasks")
     return "jsonl", path
+
+
+def _path(text: str, source: str) -> Path:
+    if not text.strip():
+        raise UserError(f"data '{source}' names no path; name a task folder or a JSONL file")
+    return Path(text)
 
 
 # ---------------------------------------------------------------------- layouts
 
 
-def _olora(folder: Path) -> dict[str, Callable[[], RawTask]]:
-    """``<group>/<task>/{train,test}.json`` with ``labels.json``, and one ``instructions.json``."""
+def _olora(folder: Path) -> Readers:
+    """``<group>/<task>/{train,test,labels}.json``, and one ``instructions.json`` for the groups."""
     instructions = _instructions(folder)
 
     def reader(path: Path) -> Callable[[], RawTask]:
@@ -112,10 +135,10 @@ def _olora(folder: Path) -> dict[str, Callable[[], RawTask]]:
 
         return read
 
-    return {path.parent.name: reader(path.parent) for path in sorted(folder.glob("*/*/labels.json"))}
+    return _named((file.parent, reader(file.parent)) for file in sorted(folder.glob("*/*/train.json")))
 
 
-def _trace(folder: Path) -> dict[str, Callable[[], RawTask]]:
+def _trace(folder: Path) -> Readers:
     """``<task>/{train,test}.json``: arrays of ``{"prompt", "answer"}``."""
 
     def reader(path: Path) -> Callable[[], RawTask]:
@@ -132,25 +155,44 @@ def _trace(folder: Path) -> dict[str, Callable[[], RawTask]]:
 
         return read
 
-    return {path.parent.name: reader(path.parent) for path in sorted(folder.glob("*/train.json"))}
+    return _named((file.parent, reader(file.parent)) for file in sorted(folder.glob("*/train.json")))
 
 
-def _jsonl(path: Path) -> dict[str, Callable[[], RawTask]]:
-    """One ``.jsonl`` file, or a folder of ``<task>.jsonl`` files or ``<task>/train.jsonl`` folders."""
-    if path.is_file():
-        return {path.stem: lambda: _jsonl_task(path.stem, path, None, None)}
-    found: dict[str, Callable[[], RawTask]] = {}
-    for file in sorted(path.glob("*.jsonl")):
-        found[file.stem] = lambda file=file: _jsonl_task(file.stem, file, None, None)
-    for file in sorted(path.glob("*/train.jsonl")):
-        folder = file.parent
-        found[folder.name] = lambda folder=folder: _jsonl_task(
+def _jsonl(path: Path) -> Readers:
+    """A ``.jsonl`` file; or a folder of ``<task>.jsonl``, of ``<task>/train.jsonl``, or one task's folder."""
+
+    def one(file: Path) -> Callable[[], RawTask]:
+        return lambda: _jsonl_task(file.stem, file, None, None)
+
+    def parts(folder: Path) -> Callable[[], RawTask]:
+        return lambda: _jsonl_task(
             folder.name, folder / "train.jsonl", folder / "test.jsonl", folder / "labels.json"
         )
-    return found
+
+    if path.is_file():
+        return {path.stem: one(path)}
+    if (path / "train.jsonl").exists():
+        # Were train.jsonl and test.jsonl two tasks, the test items would be trained on.
+        return {path.resolve().name: parts(path)}
+    return _named(
+        [(file.with_suffix(""), one(file)) for file in sorted(path.glob("*.jsonl"))]
+        + [(file.parent, parts(file.parent)) for file in sorted(path.glob("*/train.jsonl"))]
+    )
 
 
-LAYOUTS: dict[str, Callable[[Path], dict[str, Callable[[], RawTask]]]] = {
+def _named(readers: Iterable[tuple[Path, Callable[[], RawTask]]]) -> Readers:
+    """Return the readers by task name, the last part of the path."""
+    found: dict[str, tuple[Path, Callable[[], RawTask]]] = {}
+    for path, read in readers:
+        if path.name in found:
+            raise UserError(
+                f"two tasks are named '{path.name}': {found[path.name][0]} and {path}; rename one"
+            )
+        found[path.name] = (path, read)
+    return {name: read for name, (_, read) in found.items()}
+
+
+LAYOUTS: dict[str, Callable[[Path], Readers]] = {
     "cl:olora": _olora,
     "cl:trace": _trace,
     "jsonl": _jsonl,
@@ -169,6 +211,9 @@ def _jsonl_task(name: str, train: Path, test: Path | None, labels: Path | None) 
             task.labels = _labels(labels)
         else:
             task.labels = sorted({item["label"] for item in items})
+            problem = label_problem(task.labels)
+            if problem:
+                raise UserError(f"{train}: {problem}")
         for file, part in ((train, items), (test, task.test or [])):
             for index, item in enumerate(part):
                 _check_label(item["label"], task.labels, f"{file}:{index + 1}")
@@ -179,44 +224,91 @@ def _jsonl_task(name: str, train: Path, test: Path | None, labels: Path | None) 
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return the items of a JSONL file, all of one form, and the form."""
     items: list[dict[str, Any]] = []
-    form = ""
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    form, kinds = "", {}
+    # Not splitlines(): a JSON string may hold U+2028 and other characters that it takes for line ends.
+    lines = _text(path).removesuffix("\n").split("\n")
+    for number, line in enumerate(lines if any(lines) else [], 1):
         where = f"{path}:{number}"
         if not line.strip():
             raise UserError(f"{where}: an empty line; every line holds one JSON object")
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON ({error})") from None
+        item = _json(line, where)
+        if number == 1 and isinstance(item, list):
+            raise UserError(f"{where}: a JSON array; a .jsonl file holds one JSON object per line")
         if not isinstance(item, dict):
-            raise UserError(f"{where}: a {type(item).__name__}, where a JSON object is expected")
+            raise UserError(f"{where}: a {_kind(item)}, where a JSON object is expected")
         this = _form(item, where)
-        if form and this != form:
+        form = form or this
+        if this != form:
             raise UserError(
                 f"{where}: this item is of the form '{this}', those before it '{form}'; use one form a file"
             )
-        form = this
-        items.append({key: item[key] for key in FORMS[form]})
-    return _not_empty(items, path), form
+        for key in FORMS[form]:
+            kind = kinds.setdefault(key, type(item[key]))
+            if type(item[key]) is not kind:
+                raise UserError(
+                    f"{where}: '{key}' is {_kind(item[key])}, in the items before it {kind.__name__}; "
+                    f"use text or chat messages, not both"
+                )
+        items.append(item)
+    return _columns(_not_empty(items, path), form), form
 
 
 def _form(item: dict[str, Any], where: str) -> str:
     for form, keys in FORMS.items():
         if all(key in item for key in keys):
             _need(item, keys, where)
+            for key in keys:
+                if isinstance(item[key], list):
+                    _messages(item[key], f"{where}: '{key}'")
             return form
+    words = {key for keys in FORMS.values() for key in keys}
+    hint = next((f"; '{key}'{did_you_mean(key, words)}" for key in item if did_you_mean(key, words)), "")
     forms = "; ".join("+".join(keys) for keys in FORMS.values())
-    raise UserError(f"{where}: keys {', '.join(item) or 'none'} fit no known form ({forms})")
+    raise UserError(f"{where}: keys {', '.join(item) or 'none'} fit no known form ({forms}){hint}")
+
+
+def _messages(messages: list[Any], where: str) -> None:
+    """Check a conversation as TRL takes it: messages with a role and content (or tool calls)."""
+    if not messages:
+        raise UserError(f"{where} is an empty list; a conversation has at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f'{where}, message {index}: expected {{"role": "...", "content": "..."}}')
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            raise UserError(f"{where}, message {index}: 'content' is missing or no text")
+
+
+def _columns(items: list[dict[str, Any]], form: str) -> list[dict[str, Any]]:
+    """Return the items with the same keys everywhere: those of the form and what a trainer reads beside."""
+    others = dict.fromkeys(key for item in items for key in item if key not in FORMS[form])
+    # Prompts alone are for reinforcement learning, whose reward functions are given every other column.
+    kept = [key for key in others if form == "prompt" or key in EXTRAS]
+    return [
+        {**{key: item[key] for key in FORMS[form]}, **{key: item.get(key) for key in kept}} for item in items
+    ]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where}: an escape is half of a surrogate pair; write the character as UTF-8"
+            ) from None
+    return value
 
 
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        value = json.loads(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    value = _json(_text(path), str(path))
     if not isinstance(value, list):
-        raise UserError(f"{path}: a {type(value).__name__}, where a JSON array of items is expected")
+        raise UserError(f"{path}: a {_kind(value)}, where a JSON array of items is expected")
     for index, item in enumerate(value):
         yield f"{path}, item {index}", item
 
@@ -246,6 +338,9 @@ def _labels(path: Path) -> list[str]:
             raise UserError(f"{path}, item {index}: the label '{label}' stands there twice")
     if not labels:
         raise UserError(f"{path}: no labels; a classification task has at least one")
+    problem = label_problem(labels)
+    if problem:
+        raise UserError(f"{path}: {problem}")
     return labels
 
 
@@ -254,10 +349,11 @@ def _instructions(folder: Path) -> dict[str, str]:
         path = folder / name
         if not path.exists():
             continue
+        value = _json(_text(path), str(path))
         try:
-            value = json.loads(_text(path))
-            return {group: entries[0]["instruction"] for group, entries in value.items()}
-        except (ValueError, AttributeError, LookupError, TypeError):
+            # Joined to text here, so that anything but a string is found out now.
+            return {group: "" + entries[0]["instruction"] for group, entries in value.items()}
+        except (AttributeError, LookupError, TypeError):
             raise UserError(
                 f'{path}: expected {{"<group>": [{{"instruction": "..."}}]}}, as in the CL benchmark'
             ) from None
@@ -266,7 +362,8 @@ def _instructions(folder: Path) -> dict[str, str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # Bytes: some editors put a byte-order mark in front, which JSON does not allow.
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8").replace("\r\n", "\n")
     except FileNotFoundError:
         raise UserError(f"data file '{path}' does not exist") from None
     except UnicodeDecodeError as error:
@@ -277,13 +374,13 @@ def _text(path: Path) -> str:
 
 def _need(item: Any, keys: dict[str, Any], where: str) -> None:
     if not isinstance(item, dict):
-        raise UserError(f"{where}: a {type(item).__name__}, where a JSON object is expected")
+        raise UserError(f"{where}: a {_kind(item)}, where a JSON object is expected")
     for key, kind in keys.items():
         if key not in item:
             raise UserError(f"{where}: the key '{key}' is missing{did_you_mean(key, item)}")
         if not isinstance(item[key], kind):
             wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise UserError(f"{where}: '{key}' is {type(item[key]).__name__}, where {wanted} is expected")
+            raise UserError(f"{where}: '{key}' is {_kind(item[key])}, where {wanted} is expected")
 
 
 def _check_label(label: str, labels: list[str], where: str) -> None:
@@ -298,3 +395,7 @@ def _not_empty(items: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     if not items:
         raise UserError(f"{path}: no items; a task needs at least one")
     return items
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

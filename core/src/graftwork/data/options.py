@@ -22,8 +22,18 @@ class DataOptions(BaseModel):
     test_items: int | None = Field(
         None, ge=1, description="at most so many test items per task, drawn by seed"
     )
+    validation: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="score on this share of the training items (16 at least), cut off by seed, and leave the "
+        "test file unread: for tuning",
+    )
     draw_seed: int | None = Field(None, ge=0, description="seed of the drawing; the run's seed where not set")
     max_words: int | None = Field(None, ge=1, description="keep the first so many words of a sentence")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="cut the end of a sentence until its whole prompt has at most so many tokens"
+    )
     prompt: Literal["plain", "published", "chat"] = Field(
         "plain",
         description="plain: instruction, options, sentence; published: with the task's name in front, as the "

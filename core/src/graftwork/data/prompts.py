@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwork.data.layouts import RawTask
 from graftwork.data.options import DataOptions
+from graftwork.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def render(task: RawTask, items: list[dict[str, Any]], options: DataOptions) -> list[dict[str, Any]]:
+def render(
+    task: RawTask,
+    items: list[dict[str, Any]],
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[dict[str, Any]]:
     """Return rows with ``prompt`` and ``completion`` (and ``label``) for classification items.
 
     Items of other forms are returned as they are. Pieces are joined, never formatted: a brace in an
-    instruction stays a brace.
+    instruction stays a brace. ``tokenizer`` is what ``options.max_prompt_tokens`` counts with; without
+    one prompts are not cut by tokens.
+
+    Raises:
+        UserError: a prompt is longer than ``max_prompt_tokens`` even without its sentence.
     """
     if task.form != "classification":
         return items
     rows = []
     for item in items:
         prompt = classification_prompt(task, item["sentence"], options)
+        if tokenizer is not None and options.max_prompt_tokens is not None:
+            prompt = _fitted(task, item["sentence"], prompt, options, tokenizer)
         if options.prompt == "chat":
             rows.append(
                 {
-                    "prompt": [{"role": "user", "content": prompt}],
+                    "prompt": _chat(prompt),
                     "completion": [{"role": "assistant", "content": item["label"]}],
                     "label": item["label"],
                 }
@@ -38,10 +53,17 @@ def classification_prompt(task: RawTask, sentence: str, options: DataOptions) ->
     A long sentence loses its end to ``max_words``; the tail ``Answer:`` always stays.
     """
     head = f"Task:{task.group}\nDataset:{task.name}\n" if options.prompt == "published" else ""
-    listed = "Option: " + ", ".join(task.labels) + " \n" if options.options_in_prompt else ""
+    # The published scripts ask tasks of a group without instruction (COPA) without options, too.
+    listed = options.options_in_prompt and (task.instruction or options.prompt != "published")
+    if listed:
+        head += task.instruction + "Option: " + ", ".join(task.labels) + " \n"
+    else:
+        head += task.instruction
     if options.max_words is not None:
         sentence = cut_words(sentence, options.max_words)
-    return head + task.instruction + listed + sentence.rstrip() + "\nAnswer:"
+    if options.prompt != "published":
+        sentence = sentence.rstrip()
+    return head + sentence + "\nAnswer:"
 
 
 def cut_words(text: str, count: int) -> str:
@@ -61,10 +83,54 @@ def cut_words(text: str, count: int) -> str:
 
 
 def leaks(options: DataOptions) -> list[str]:
-    """Return what this way of asking gives away about the task, in words, for every report."""
+    """Return what this way of asking gives away about the task, in words, for every report.
+
+    Items that stand in both files are a matter of the data, not of the asking: see ``Task.notes``.
+    """
     found = []
     if options.prompt == "published":
         found.append("task and data set name in the prompt")
     if options.options_in_prompt:
         found.append("label options in the prompt")
     return found
+
+
+def _fitted(task: RawTask, sentence: str, prompt: str, options: DataOptions, tokenizer: Any) -> str:
+    """Return the prompt with as much of the sentence as fits, in whole words where it has words."""
+    limit = options.max_prompt_tokens
+    assert limit is not None
+
+    def length(text: str) -> int:
+        if options.prompt == "chat":
+            ids = tokenizer.apply_chat_template(_chat(text), add_generation_prompt=True, return_dict=True)
+            return len(ids["input_ids"])
+        return len(tokenizer(text, verbose=False)["input_ids"])
+
+    if length(prompt) <= limit:
+        return prompt
+    bare = length(classification_prompt(task, "", options))
+    if bare > limit:
+        raise UserError(
+            f"data.max_prompt_tokens is {limit}, but a prompt of task '{task.name}' has {bare} tokens before "
+            f"any sentence; set it to more, or data.options_in_prompt to false"
+        )
+    low, high = 0, len(sentence)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if length(classification_prompt(task, sentence[:middle], options)) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    kept = sentence[:low]
+    if kept.strip() and not sentence[low : low + 1].isspace():
+        whole = kept.rsplit(None, 1)[0]
+        # A text without blanks (Chinese, code) is cut between characters.
+        kept = whole if 2 * len(whole) >= low else kept
+    # Where two tokens would have merged, fewer characters can be more tokens.
+    while kept and length(classification_prompt(task, kept, options)) > limit:
+        kept = kept[:-1]
+    return classification_prompt(task, kept, options)
+
+
+def _chat(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]

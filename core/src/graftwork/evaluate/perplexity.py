@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graftwork.data.layouts import read_tasks
 from graftwork.errors import UserError
+from graftwork.evaluate.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@torch.inference_mode()
 def perplexity(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -26,37 +27,50 @@ def perplexity(
     batch_size: int = 4,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, float | int]:
-    """Return ``{"perplexity", "nll", "tokens"}``: exp of the mean negative log-likelihood per predicted token.
+    """Return ``{"perplexity", "nll", "tokens"}``: nll is the mean per predicted token, perplexity its exp.
 
+    ``path`` is a text file, or a ``.jsonl`` file of ``{"text"}`` items, which are joined by empty lines.
     Every window of ``window`` tokens predicts its last ``window - 1``; log-probabilities are taken in
     fp32. Figures compare only within one file, window and tokenizer.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or shorter than one window.
+        UserError: the file is missing, not UTF-8, or shorter than one window; or the model's own window is.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"text file '{path}' does not exist") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"text file '{path}' cannot be read as UTF-8 text: {error}") from None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and window > longest:
+        raise UserError(
+            f"a perplexity window of {window} tokens does not fit the model's window of {longest}"
+        )
     # Long texts are tokenised whole on purpose; the warning about the model's window does not apply.
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = torch.tensor(tokenizer(_read(path), verbose=False)["input_ids"], dtype=torch.long)
     count = min(len(ids) // window, max_windows or len(ids))
     if count == 0:
         raise UserError(f"text file '{path}' has {len(ids)} tokens, fewer than one window of {window}")
     rows = ids[: count * window].reshape(count, window)
-    was_training = model.training
-    model.eval()
     total = 0.0
-    for batch in rows.split(batch_size):
-        batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        ).item()
-        if progress:
-            progress(len(batch))
-    model.train(was_training)
+    with evaluating(model):
+        for batch in rows.split(batch_size):
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+            ).item()
+            if progress:
+                progress(len(batch))
     tokens = count * (window - 1)
-    return {"perplexity": math.exp(total / tokens), "nll": total / tokens, "tokens": tokens}
+    mean = total / tokens
+    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "nll": mean, "tokens": tokens}
+
+
+def _read(path: Path) -> str:
+    if path.suffix == ".jsonl":
+        task = read_tasks(f"jsonl:{path}")[0]
+        if task.form != "text":
+            raise UserError(f"text file '{path}': its items are of the form '{task.form}', not 'text'")
+        return "\n\n".join(item["text"] for item in task.train)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"text file '{path}' does not exist") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"text file '{path}' cannot be read as UTF-8 text: {error}") from None

@@ -3,141 +3,341 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graftwork.files import write_text_atomic
 from graftwork.report import plots
-from graftwork.report.summary import Job, comparison, orders
-from graftwork.report.tables import score_cells
+from graftwork.report.css import CSS
+from graftwork.report.summary import (
+    Cells,
+    Job,
+    by_arm,
+    by_order,
+    comparison,
+    general_cells,
+    label,
+    score_cells,
+    scored,
+    untouched,
+)
+from graftwork.report.words import clean, clean_lines, count, mebibytes, percent, seconds, short
 
-CSS = """
-:root { color-scheme: light; --ink: #1a1a1a; --faint: #666; --line: #ddd; --paper: #fff; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p.sub { color: var(--faint); margin: 0; } figure { margin: 0; overflow-x: auto; }
-figcaption { color: var(--faint); font-size: .9rem; } svg { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-.scroll { overflow-x: auto; } th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line);
-  text-align: right; white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; } .left td, .left th { text-align: left; white-space: normal; }
-.held { color: #00694b; font-weight: 600; } .refuted { color: #a63c00; font-weight: 600; }
-.not { color: #6b5b00; font-weight: 600; } details { margin: .6rem 0; }
-summary { cursor: pointer; } pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: .85rem; }
-@media print { details { display: block; } body { max-width: none; } }
-"""
+SHOWN_ORDERS = 3
+"""Task orders whose figures stand open on the page; those of the others are folded."""
+
+_VERDICTS = {
+    "held": ("held", "✓"),
+    "refuted": ("refuted", "✗"),
+    "not held": ("refuted", "✗"),
+    "not decided": ("open", "?"),
+}
+_MEANINGS = {
+    "AP": "AP: mean accuracy over all tasks at the end.",
+    "LA": "LA: mean accuracy right after each task was learned.",
+    "BWT": "BWT: change of a task from then to the end; negative means forgotten.",
+    "FWT": "FWT: gain on a task before it is learned.",
+    "forgetting": "Forgetting: loss since a task's best.",
+    "unseen": "Unseen: accuracy on tasks that were never trained.",
+    "invalid": "Invalid: answers that are no label of the task.",
+    "trained": "Trained: parameters that are trained.",
+    "state": "State: what the method keeps between tasks.",
+    "peak": "Peak: most memory used at once.",
+}
+_UNITS = {"%", "points", "s", "MiB"}
 
 
 def render(result: Mapping[str, Any]) -> str:
     """Return the page for the results of a run (see ``results.json``)."""
-    jobs: Sequence[Job] = result["jobs"]
-    groups = orders(jobs)
-    size = f"size {result['size']} · " if result["size"] else ""
-    runs = f"{len(jobs)} run{'s' if len(jobs) != 1 else ''}"
-    parts = [
-        f"<h1>{_text(result['title'])}</h1>",
-        f"<p class=sub>{_text(result['model'])} · {_text(size)}{runs}</p>",
-        _verdicts(result["expect"]),
-    ]
-    if groups:
-        parts += [_section("Comparison", _table(*comparison(jobs)) + _caption_comparison(jobs))]
-        if len({job["name"] for job in jobs}) > 1:
-            parts.append(_figure(plots.bars([job for job in jobs if job["scores"]]), "A dot is one run."))
-    for group in groups:
-        title = " → ".join(group[0]["order"])
-        parts.append(
-            _section(
-                f"Accuracy of every task after every task: {title}",
-                _figure(
-                    plots.heat_maps(group),
-                    "Percent, mean over seeds. Read a column downwards to see forgetting.",
-                ),
-            )
-        )
-        parts.append(
-            _figure(plots.forgetting_curves(group), "The task of a panel is learned in its grey band.")
-        )
-    parts += [_section("Runs", "".join(_job(job) for job in jobs)), _provenance(result)]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(result['title'])}</title><style>{CSS}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    return _Page(result).render()
 
 
 def write_report(result: Mapping[str, Any], path: Path) -> None:
-    """Write the page to ``path``, complete or not at all."""
-    write_text_atomic(path, render(result))
+    """Write the page to ``path``, complete or not at all.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    write_text_atomic(Path(path), render(result))
 
 
-def _verdicts(claims: Sequence[Mapping[str, str]]) -> str:
-    if not claims:
-        return ""
-    rows = "".join(
-        f"<tr><td><code>{_text(c['text'])}</code></td>"
-        f'<td><span class="{_text(c["verdict"].split()[0])}">{_text(c["verdict"])}</span></td>'
-        f"<td>{_text(c['detail'])}</td></tr>"
-        for c in claims
-    )
-    table = f"<table class=left><tr><th>claim</th><th>verdict</th><th>detail</th></tr>{rows}</table>"
-    return _section("What was claimed", f"<div class=scroll>{table}</div>")
+class _Page:
+    """The sections of one page, in reading order; counts figures, whose ids must differ."""
+
+    def __init__(self, result: Mapping[str, Any]) -> None:
+        self.result = result
+        self.jobs: list[Job] = list(result.get("jobs") or [])
+        self.numbers = plots.arm_numbers(self.jobs)
+        self.figures: Iterator[int] = itertools.count(1)
+
+    def render(self) -> str:
+        sections = [
+            ("verdict", "What was claimed, and what came out", self.verdict()),
+            ("comparison", "Comparison", self.comparison()),
+            ("scores", "Accuracy on every task, after every task", self.scores()),
+            ("curves", "Forgetting, task by task", self.curves()),
+            ("losses", "Training loss", self.losses()),
+            ("general", "General ability", self.general()),
+            ("runs", "Every run", "".join(self.run(job) for job in self.jobs)),
+            ("leaks", "What the prompts give away", self.leaks()),
+            ("settings", "Settings", self.settings()),
+            ("repeat", "How to repeat this", self.repeat()),
+        ]
+        if not self.jobs:
+            sections.insert(0, ("empty", "No runs", "<p>Nothing was run, so there is nothing to show.</p>"))
+        shown = [(anchor, title, body) for anchor, title, body in sections if body]
+        links = " ".join(f'<a href="#{anchor}">{_text(title)}</a>' for anchor, title, _ in shown)
+        body = "\n".join(
+            f'<section id="{anchor}"><h2>{_text(title)}</h2>\n{inner}</section>'
+            for anchor, title, inner in shown
+        )
+        title = _text(self.result.get("title") or "Report")
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+            f'<h1>{title}</h1>\n<p class="sub">{self.subtitle()}</p>\n{self.headline()}<nav>{links}</nav>\n'
+            f"{body}\n</body>\n</html>\n"
+        )
+
+    def subtitle(self) -> str:
+        arms, runs = len(by_arm(self.jobs)), len(self.jobs)
+        size = self.result.get("size")
+        facts = [self.result.get("model"), f"size {size}" if size else "", _plural(arms, "method")]
+        return " · ".join(_text(fact) for fact in [*facts, _plural(runs, "run")] if fact)
+
+    def headline(self) -> str:
+        verdicts = [str(claim.get("verdict", "")) for claim in self.result.get("expect") or []]
+        if not verdicts:
+            return ""
+        counts = [(word, verdicts.count(word)) for word in dict.fromkeys(verdicts)]
+        if len(counts) == 1 and len(verdicts) > 1:
+            words = f"All {len(verdicts)} claims: {counts[0][0]}"
+        else:
+            words = f"Of {_plural(len(verdicts), 'claim')}: " + ", ".join(f"{n} {word}" for word, n in counts)
+        return f'<p class="headline">{_text(words)}</p>\n'
+
+    def verdict(self) -> str:
+        claims = self.result.get("expect") or []
+        rows = []
+        for claim in claims:
+            word = str(claim.get("verdict", ""))
+            style, sign = _VERDICTS.get(word, ("open", "?"))
+            rows.append(
+                f"<tr><td><code>{_text(claim.get('text', ''))}</code></td>"
+                f'<td><span class="chip {style}">{sign} {_text(word)}</span></td>'
+                f"<td>{_text(claim.get('detail', ''))}</td></tr>"
+            )
+        heads = "<tr><th>claim</th><th>verdict</th><th>measured</th></tr>"
+        note = "Not decided: the interval includes the claimed border, so these runs cannot tell."
+        table = f'<div class="scroll"><table class="words">{heads}{"".join(rows)}</table></div>'
+        undecided = any(claim.get("verdict") == "not decided" for claim in claims)
+        return (table + (_note(note) if undecided else "")) if claims else ""
+
+    def comparison(self) -> str:
+        if not self.jobs:
+            return ""
+        heads, rows = comparison(self.jobs)
+        if not scored(self.jobs):
+            return _table((heads, rows)) if len(heads) > 1 else ""
+        base = untouched(self.jobs)
+        note = [
+            *(words for start, words in _MEANINGS.items() if any(head.startswith(start) for head in heads)),
+            "±: standard deviation over runs." if len(self.jobs) > len(by_arm(self.jobs)) else "",
+            f"The untouched model scores {percent(base)} % on these tasks." if base is not None else "",
+        ]
+        figure = plots.bars(scored(self.jobs), self.numbers) if len(by_arm(self.jobs)) > 1 else ""
+        caption = "Mean over runs; whiskers are one standard deviation, each dot is one run."
+        return _table((heads, rows)) + _note(" ".join(filter(None, note))) + self.figure(figure, caption)
+
+    def scores(self) -> str:
+        caption = (
+            "Percent, mean over runs. A row is the model after a task, a column one task: read downwards to "
+            "see it learned (bold) and forgotten. Left of the steps are the tasks learned so far."
+        )
+        many = any(len(job["order"]) > 10 for job in self.jobs)
+        return self.per_order(scored(self.jobs), plots.heat_maps, caption, 6 if many else 12)
+
+    def curves(self) -> str:
+        jobs = [job for job in scored(self.jobs) if len(job["order"]) > 1]
+        caption = (
+            "The dashed line marks where the task of the panel is learned; right of it, falling lines are "
+            "forgetting. 0 is the untouched model. Bands are one standard deviation over runs."
+        )
+        return self.per_order(
+            jobs, lambda jobs: plots.forgetting_curves(jobs, self.numbers), caption, plots.LINES
+        )
+
+    def losses(self) -> str:
+        caption = (
+            "Mean over the runs of a method; the band goes from the lowest to the highest run. Dashed lines "
+            "separate the tasks. A cross on the axis marks a loss that is not a finite number."
+        )
+        return self.per_order(
+            [job for job in self.jobs if job.get("losses")],
+            lambda jobs: plots.loss_curves(jobs, self.numbers),
+            caption,
+            plots.LINES,
+        )
+
+    def per_order(
+        self, jobs: Sequence[Job], draw: Callable[[Sequence[Job]], str], caption: str, limit: int
+    ) -> str:
+        """Draw the jobs of every task order, at most ``limit`` arms in a figure; fold what would be much."""
+        parts = []
+        groups = by_order(jobs)
+        for number, group in enumerate(groups):
+            arms = by_arm(group)
+            names = list(arms)
+            pieces = [names[k : k + limit] for k in range(0, len(names), limit)]
+            if len(groups) > 1:
+                parts.append(f"<h3>{_text(' → '.join(map(str, group[0].get('order') or ())))}</h3>")
+            for place, piece in enumerate(pieces):
+                drawn = self.figure(draw([job for arm in piece for job in arms[arm]]), caption)
+                caption = "" if drawn else caption  # said once
+                if drawn and (place or number >= SHOWN_ORDERS):
+                    drawn = _fold(_text(", ".join(short(arm, 40) for arm in piece)), drawn)
+                parts.append(drawn)
+        return "".join(parts) if any(part.startswith(("<figure", "<details")) for part in parts) else ""
+
+    def general(self) -> str:
+        jobs = [job for job in self.jobs if job.get("general")]
+        caption = "Hollow: before training. Filled: after. Mean over runs."
+        return self.figure(plots.general_ability(jobs, self.numbers), caption) if jobs else ""
+
+    def run(self, job: Job) -> str:
+        total, trained = job.get("total_parameters"), job.get("trainable_parameters")
+        share = f" ({100 * trained / total:.2g} %)" if trained and total else ""
+        facts = {
+            "trained parameters": f"{count(trained)} of {count(total)}{share}" if trained and total else "",
+            "state kept": _shown(job.get("extra_state_bytes"), mebibytes, " MiB"),
+            "steps": _shown(job.get("steps"), count, ""),
+            "training": _shown(job.get("train_seconds"), seconds, " s"),
+            "evaluation": _shown(job.get("eval_seconds"), seconds, " s"),
+            "peak memory": _shown(job.get("peak_memory_bytes"), mebibytes, " MiB"),
+        }
+        inner = [_note(" · ".join(f"{key} {value}" for key, value in facts.items() if value))]
+        if scored([job]):
+            inner.append(_table(score_cells(job)))
+        if job.get("general"):
+            inner.append(_table(general_cells(job)))
+        inner += [_note(str(note)) for note in job.get("notes") or ()]
+        ap = (job.get("metrics") or {}).get("ap")
+        summary = f"<b>{_text(label(job))}</b>" + (f"AP {percent(ap)} %" if ap is not None else "")
+        return _fold(summary, "".join(inner))
+
+    def leaks(self) -> str:
+        arms: dict[str, list[str]] = {}
+        for job in self.jobs:
+            for leak in job.get("leaks") or ():
+                if job["name"] not in arms.setdefault(str(leak), []):
+                    arms[str(leak)].append(str(job["name"]))
+        if not arms:
+            return "<p>Nothing that was found.</p>" if scored(self.jobs) else ""
+        everyone = len(by_arm(self.jobs))
+        items = "".join(
+            f"<li>{_text(leak)}{'' if len(names) == everyone else _text(' (' + ', '.join(names) + ')')}</li>"
+            for leak, names in arms.items()
+        )
+        return f"<ul>{items}</ul>" + _note(
+            "This makes the tasks easier to tell apart than they are in use, so forgetting looks smaller."
+        )
+
+    def settings(self) -> str:
+        rows = []
+        for arm, members in by_arm(self.jobs).items():
+            # Runs of one arm usually share their options, and are then written once.
+            for plugins in {_json(job.get("plugins") or {}): job for job in members}.values():
+                chosen = plugins.get("plugins") or {}
+                rows += [[arm, str(slug), _options(options)] for slug, options in chosen.items()] or [
+                    [arm, "", ""]
+                ]
+        if not rows:
+            return ""
+        seeds = list(dict.fromkeys(str(job["seed"]) for job in self.jobs if job.get("seed") is not None))
+        note = _note(f"Seeds: {', '.join(seeds)}.") if seeds else ""
+        return _table((["method", "plugin", "options"], rows), words=True) + note
+
+    def repeat(self) -> str:
+        facts = [
+            [group, str(key), value if isinstance(value, str) else _json(value)]
+            for group in ("hardware", "versions")
+            for key, value in (self.result.get(group) or {}).items()
+        ]
+        notes = [_note(str(note)) for note in self.result.get("notes") or ()]
+        command = self.result.get("command")
+        return "".join(
+            [
+                f"<pre>{html.escape(clean_lines(command))}</pre>" if command else "",
+                *notes,
+                _table((["", "", ""], facts), words=True) if facts else "",
+            ]
+        )
+
+    def figure(self, svg: str, caption: str) -> str:
+        if not svg:
+            return ""
+        words = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+        return f"<figure>{_scoped(svg, next(self.figures))}{words}</figure>"
 
 
-def _caption_comparison(jobs: Sequence[Job]) -> str:
-    leaks = list(dict.fromkeys(leak for job in jobs for leak in job["leaks"]))
-    given = f" The prompts give away: {_text('; '.join(leaks))}." if leaks else ""
-    return (
-        "<p class=sub>AP: mean accuracy on all tasks at the end. LA: accuracy right after learning. BWT: change of a "
-        "task from then to the end (negative: forgotten). FWT: gain on a task before it is learned. "
-        f"± standard deviation over runs.{given}</p>"
-    )
+def _scoped(svg: str, number: int) -> str:
+    """Return the SVG for use inside a page: its ids are its own, its namespace is the page's."""
+    prefix = f"f{number}-"
+    svg = re.sub(r' xmlns="[^"]*"', "", svg, count=1)
+    svg = re.sub(r'(<[^<>]*?\bid=")', rf"\g<1>{prefix}", svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
 
 
-def _job(job: Job) -> str:
-    title = " ".join(filter(None, [job["name"], job["variant"]]))
-    inner = []
-    if job["scores"]:
-        inner.append(_table(*score_cells(job["order"], job["scores"])))
-    if job["general"]:
-        before, after = job["general"].get("before", {}), job["general"].get("after", {})
-        rows = [[n, _number(before.get(n)), _number(after.get(n))] for n in dict.fromkeys([*before, *after])]
-        inner.append(_table(["general ability", "before", "after"], rows))
-    if job["losses"]:
-        inner.append(_figure(plots.losses(job), "Training loss, and every loss term by its name."))
-    settings = {"plugins": job["plugins"], "seed": job["seed"], "notes": job.get("notes", [])}
-    inner.append(f"<pre>{_text(json.dumps(settings, indent=1))}</pre>")
-    return f"<details><summary>{_text(title)}</summary>{''.join(inner)}</details>"
+def _table(cells: Cells, *, words: bool = False) -> str:
+    heads, rows = cells
+    top = "".join(f"<th>{_head(head)}</th>" for head in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_number(text)}</td>" for text in row) + "</tr>" for row in rows)
+    style = ' class="words"' if words else ""
+    first = f"<tr>{top}</tr>" if any(heads) else ""
+    return f'<div class="scroll"><table{style}>{first}{body}</table></div>'
 
 
-def _provenance(result: Mapping[str, Any]) -> str:
-    facts = {"hardware": result["hardware"], "versions": result["versions"], "notes": result["notes"]}
-    return _section(
-        "How to repeat this",
-        f"<pre>{_text(result['command'])}</pre><pre>{_text(json.dumps(facts, indent=1))}</pre>",
-    )
+def _head(text: str) -> str:
+    """Return a head with its unit on a line of its own."""
+    start, _, unit = text.rpartition(" ")
+    return f'{_text(start)} <span class="unit">{unit}</span>' if start and unit in _UNITS else _text(text)
 
 
-def _section(title: str, inner: str) -> str:
-    return f"<h2>{_text(title)}</h2>\n{inner}"
+def _number(text: str) -> str:
+    """Return a cell; a negative number gets the sign that is as wide as a plus."""
+    return _text(re.sub(r"^-(?=\d)", "\N{MINUS SIGN}", text))
 
 
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
+def _fold(summary: str, inner: str) -> str:
+    return f"<details><summary>{summary}</summary>{inner}</details>"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{_text(head)}</th>" for head in heads)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
+def _note(text: str) -> str:
+    return f'<p class="note">{_text(text)}</p>' if text else ""
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _options(options: Any) -> str:
+    if not isinstance(options, Mapping):
+        return _json(options)
+    return ", ".join(f"{key}={_json(value)}" for key, value in options.items()) or "defaults"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _shown(value: float | None, show: Callable[[float], str], unit: str) -> str:
+    return f"{show(value)}{unit}" if value else ""
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return html.escape(clean(value))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graftwork.report.words import clean, count, mebibytes, percent, points, seconds
+
 Job = Mapping[str, Any]
 Matrix = list[list[float | None]]
+Cells = tuple[list[str], list[list[str]]]
+"""Heads and rows of a table."""
 
 
 @dataclass(frozen=True)
@@ -18,53 +22,81 @@ class Column:
     head: str
     read: Callable[[Job], float | None]
     show: Callable[[float], str]
+    spread: bool = True
+    """Whether the standard deviation over runs belongs to it."""
 
 
 def _metric(name: str) -> Callable[[Job], float | None]:
-    return lambda job: job["metrics"].get(name)
+    return lambda job: (job.get("metrics") or {}).get(name)
+
+
+def _cost(name: str) -> Callable[[Job], float | None]:
+    # 0 is what a job writes that did not measure, or that has no such thing.
+    return lambda job: job.get(name) or None
 
 
 def _last_invalid(job: Job) -> float | None:
-    known = [value for value in job["invalid"][-1] if value is not None] if job["invalid"] else []
-    return sum(known) / len(known) if known else None
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def count(value: float) -> str:
-    for size, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.2f}{suffix}"
-    return f"{value:.0f}"
+    """Return the mean share of invalid answers after the last stage."""
+    known = [value for value in (job.get("invalid") or [[]])[-1] if value is not None]
+    return mean(known) if known else None
 
 
 COLUMNS = (
     Column("AP %", _metric("ap"), percent),
     Column("LA %", _metric("la"), percent),
-    Column("BWT pt", _metric("bwt"), percent),
-    Column("FWT pt", _metric("fwt"), percent),
-    Column("forget pt", _metric("forgetting"), percent),
+    Column("BWT points", _metric("bwt"), points),
+    Column("FWT points", _metric("fwt"), points),
+    Column("forgetting points", _metric("forgetting"), points),
     Column("unseen %", _metric("unseen"), percent),
     Column("invalid %", _last_invalid, percent),
-    Column("trained", lambda job: job["trainable_parameters"], count),
-    Column("state", lambda job: job["extra_state_bytes"], count),
-    Column("train s", lambda job: job["train_seconds"], lambda value: f"{value:.0f}"),
-    Column("peak MiB", lambda job: job["peak_memory_bytes"] / 2**20, lambda value: f"{value:.0f}"),
+    Column("trained", _cost("trainable_parameters"), count, spread=False),
+    Column("state MiB", _cost("extra_state_bytes"), mebibytes, spread=False),
+    Column("train s", _cost("train_seconds"), seconds, spread=False),
+    Column("peak MiB", _cost("peak_memory_bytes"), mebibytes, spread=False),
 )
 
 
-def by_arm(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+def by_arm(jobs: Iterable[Job]) -> dict[str, list[Job]]:
     """Return the jobs of every arm, arms in the order they first appear."""
     arms: dict[str, list[Job]] = {}
     for job in jobs:
-        arms.setdefault(job["name"], []).append(job)
+        arms.setdefault(str(job["name"]), []).append(job)
     return arms
 
 
-def finite(values: Sequence[float | None]) -> list[float]:
+def by_order(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Group jobs by the order of their tasks, in the order they first appear."""
+    groups: dict[tuple[str, ...], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(tuple(map(str, job.get("order") or ())), []).append(job)
+    return list(groups.values())
+
+
+def scored(jobs: Iterable[Job]) -> list[Job]:
+    """Return the jobs that measured anything on a task."""
+    return [job for job in jobs if any(value is not None for row in job.get("scores") or [] for value in row)]
+
+
+def label(job: Job) -> str:
+    """Return what tells this job from the others: its arm, its variant, its seed."""
+    variant = str(job.get("variant") or "")
+    seed = "" if "seed" in variant or job.get("seed") is None else f"seed={job['seed']}"
+    return clean(" ".join(filter(None, [str(job["name"]), variant, seed])))
+
+
+def cell(job: Job, stage: int, task: int) -> float | None:
+    """Return the score of a task after a stage; None where it is missing (also in a stream cut short)."""
+    rows = job.get("scores") or []
+    return rows[stage][task] if stage < len(rows) and task < len(rows[stage]) else None
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def shares(values: Iterable[float | None]) -> list[float]:
+    """Return the values that a figure in percent can show; the tables show the others."""
+    return [value for value in finite(values) if abs(value) <= 10]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -76,50 +108,99 @@ def deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     centre = mean(values)
-    return math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    return math.sqrt(sum((value - centre) * (value - centre) for value in values) / (len(values) - 1))
 
 
-def comparison(jobs: Sequence[Job]) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of the comparison of arms, without columns that would be empty or all zero."""
+def mean_matrix(jobs: Sequence[Job]) -> Matrix:
+    """Return the mean score matrix, for figures, of jobs that share one order of tasks."""
+    columns = len(jobs[0]["order"])
+    cells = [[shares([cell(job, i, j) for job in jobs]) for j in range(columns)] for i in range(columns + 1)]
+    return [[mean(values) if values else None for values in row] for row in cells]
+
+
+def untouched(jobs: Iterable[Job]) -> float | None:
+    """Return the mean accuracy of the untouched model on the tasks, where every job measured all."""
+    rows = [job["scores"][0] for job in scored(jobs)]
+    values = [value for row in rows for value in row]
+    return mean(finite(values)) if values and len(finite(values)) == len(values) else None
+
+
+def comparison(jobs: Sequence[Job]) -> Cells:
+    """Return heads and rows that compare the arms, without columns that would be empty.
+
+    A cell is the mean over the runs of an arm, ``±`` their standard deviation; ``(n=2)`` where fewer runs
+    than the arm has gave a value, ``nan`` where one of them is no number.
+    """
     arms = by_arm(jobs)
-    columns = [c for c in COLUMNS if _worth_showing(c, jobs)]
+    columns = [column for column in COLUMNS if any(column.read(job) is not None for job in jobs)]
     several = any(len(members) > 1 for members in arms.values())
     heads = ["method", *(["runs"] if several else []), *(column.head for column in columns)]
-    rows = []
-    for arm, members in arms.items():
-        cells = [arm, *([str(len(members))] if several else [])]
-        for column in columns:
-            values = finite([column.read(job) for job in members])
-            text = column.show(mean(values)) if values else ""
-            if len(values) > 1 and column.head.endswith(("%", "pt")):
-                text += f" ± {column.show(deviation(values))}"
-            cells.append(text)
-        rows.append(cells)
+    rows = [
+        [clean(arm), *([str(len(members))] if several else []), *(_over_runs(c, members) for c in columns)]
+        for arm, members in arms.items()
+    ]
     return heads, rows
 
 
-def _worth_showing(column: Column, jobs: Sequence[Job]) -> bool:
-    """Drop a column without any value, and the state of methods that keep none."""
-    values = [value for job in jobs for value in finite([column.read(job)])]
-    return any(values) if column.head == "state" else bool(values)
+def _over_runs(column: Column, members: Sequence[Job]) -> str:
+    known = [value for value in map(column.read, members) if value is not None]
+    if not known:
+        return ""
+    if len(finite(known)) < len(known):
+        return "nan"
+    text = column.show(mean(known))
+    if column.spread and len(known) > 1:
+        text += f" ± {percent(deviation(known))}"
+    return text + (f" (n={len(known)})" if len(known) < len(members) else "")
 
 
-def mean_matrix(jobs: Sequence[Job]) -> tuple[list[str], Matrix]:
-    """Return task names and the mean score matrix of jobs that share one task order."""
-    order = list(jobs[0]["order"])
-    same = [job for job in jobs if list(job["order"]) == order and job["scores"]]
-    rows, columns = len(order) + 1, len(order)
-    result: Matrix = []
-    for i in range(rows):
-        cells = [finite([job["scores"][i][j] for job in same]) for j in range(columns)]
-        result.append([mean(values) if values else None for values in cells])
-    return order, result
+def score_cells(job: Job, *, numbered: bool = False) -> Cells:
+    """Return the accuracy of every task after every task; the last column averages the tasks learned.
+
+    ``numbered`` writes the columns as numbers, which the rows explain.
+    """
+    order = [clean(name) for name in job.get("order") or []]
+    rows = []
+    for stage in range(len(order) + 1):
+        row = [cell(job, stage, task) for task in range(len(order))]
+        if all(value is None for value in row):
+            continue
+        learned = finite(row[:stage])
+        average = percent(mean(learned)) if stage and len(learned) == stage else ""
+        name = "untouched model" if not stage else f"{stage if numbered else 'after'} {order[stage - 1]}"
+        rows.append([name, *("" if value is None else percent(value) for value in row), average])
+    if numbered:
+        return ["after, accuracy %", *(str(n + 1) for n in range(len(order))), "mean"], rows
+    return ["accuracy %", *order, "mean of learned"], rows
 
 
-def orders(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Group scored jobs by task order, in the order they first appear."""
-    groups: dict[tuple[str, ...], list[Job]] = {}
-    for job in jobs:
-        if job["scores"]:
-            groups.setdefault(tuple(job["order"]), []).append(job)
-    return list(groups.values())
+def general_cells(job: Job) -> Cells:
+    """Return general ability before, after and the change: perplexity, and accuracy on other tasks."""
+    general = job.get("general") or {}
+    before, after = general.get("before") or {}, general.get("after") or {}
+    rows = []
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
+        change = None if old is None or new is None else new - old
+        if name == "perplexity":
+            head, show, show_change = "perplexity", "{:.2f}".format, "{:+.2f}".format
+        else:
+            head, show, show_change = f"{clean(name)} %", percent, points
+        rows.append(
+            [
+                head,
+                "" if old is None else show(old),
+                "" if new is None else show(new),
+                "" if change is None else show_change(change),
+            ]
+        )
+    return ["general ability", "before", "after", "change"], rows
+
+
+def expect_cells(result: Mapping[str, Any]) -> Cells:
+    """Return the claims with their verdicts."""
+    rows = [
+        [clean(claim.get(key, "")) for key in ("text", "verdict", "detail")]
+        for claim in result.get("expect") or []
+    ]
+    return ["claim", "verdict", "detail"], rows

@@ -5,85 +5,106 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graftwork.report.summary import Job, comparison, finite, mean, percent
+from graftwork.report.summary import Job, comparison, expect_cells, general_cells, score_cells
+from graftwork.report.words import short, width
+
+COLUMNS = 100
+"""Tables that would be wider are broken in two, or written more closely."""
 
 
-def align(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with the first column left and the others right aligned."""
+def align(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), gap: str = "  "
+) -> str:
+    """Return a table with the columns ``left`` flush left and the others flush right."""
     table = [list(heads), *(list(row) for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
-    lines = []
-    for row in table:
-        first = row[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *rest]).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    widths = [max(width(row[column]) for row in table) for column in range(len(heads))]
+    lines = [gap.join(_pad(text, widths[i], i in left) for i, text in enumerate(row)) for row in table]
+    lines.insert(1, gap.join("-" * size for size in widths))
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """Return a Markdown table."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = "|" + "|".join(["---", *["---:"] * (len(heads) - 1)]) + "|"
-    return "\n".join([line(heads), rule, *(line(row) for row in rows)])
+    rule = "|" + "|".join("---" if column in left else "---:" for column in range(len(heads))) + "|"
+    body = ["| " + " | ".join(map(_markdown_text, row)) + " |" for row in (heads, *rows)]
+    return "\n".join([body[0], rule, *body[1:]])
 
 
 def score_table(job: Job) -> str:
-    """Return the accuracy of every task after every task, in percent."""
-    heads, rows = score_cells(job["order"], job["scores"])
-    return align(heads, rows)
+    """Return the accuracy of every task after every task, in percent.
 
-
-def score_cells(
-    order: Sequence[str], scores: Sequence[Sequence[float | None]]
-) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of a score table; the last column averages the tasks learned so far."""
-    rows = []
-    for index, row in enumerate(scores):
-        stage = "untouched model" if index == 0 else f"after {order[index - 1]}"
-        cells = ["" if value is None else percent(value) for value in row]
-        if not any(cells):
-            continue
-        seen = finite(row[:index])
-        rows.append([stage, *cells, percent(mean(seen)) if index and len(seen) == index else ""])
-    return ["accuracy %", *order, "mean of learned"], rows
+    Where task names make it too wide, the columns are numbered and the rows carry the numbers.
+    """
+    table = align(*score_cells(job))
+    if _fits(table):
+        return table
+    heads, rows = score_cells(job, numbered=True)
+    rows = [[short(row[0], 18), *row[1:]] for row in rows]
+    table = align(heads, rows)
+    return table if _fits(table) else align(heads, rows, gap=" ")
 
 
 def comparison_table(jobs: Sequence[Job]) -> str:
-    """Return one row per arm: metrics as mean (± standard deviation over runs), cost, size."""
-    return align(*comparison(jobs))
+    """Return one row per arm: metrics as mean ± standard deviation over runs, cost, size.
+
+    Where it is too wide, the columns that do not fit follow in a second table with the same rows.
+    """
+    heads, rows = comparison(jobs)
+    blocks: list[list[int]] = [[0]]
+    for column in range(1, len(heads)):
+        wider = [*blocks[-1], column]
+        if _fits(align(*_columns(heads, rows, wider))) or len(blocks[-1]) == 1:
+            blocks[-1] = wider
+        else:
+            blocks.append([0, column])
+    return "\n\n".join(align(*_columns(heads, rows, block)) for block in blocks)
 
 
 def comparison_markdown(jobs: Sequence[Job]) -> str:
+    """Return :func:`comparison_table` as one Markdown table."""
     return markdown(*comparison(jobs))
 
 
 def general_table(job: Job) -> str:
-    """Return general ability before and after: perplexity, and accuracy on unseen tasks in percent."""
-    before, after = job["general"].get("before", {}), job["general"].get("after", {})
-
-    def show(name: str, values: Mapping[str, float]) -> str:
-        if name not in values:
-            return ""
-        return f"{values[name]:.2f}" if name == "perplexity" else f"{percent(values[name])} %"
-
-    names = list(dict.fromkeys([*before, *after]))
-    return align(
-        ["general ability", "before", "after"], [[n, show(n, before), show(n, after)] for n in names]
-    )
+    """Return general ability before and after: perplexity, and accuracy on other tasks in percent."""
+    return align(*general_cells(job))
 
 
 def expect_table(result: Mapping[str, Any]) -> str:
     """Return the claims with their verdicts."""
-    return align(*_expect(result))
+    heads, rows = expect_cells(result)
+    table = align(heads, rows, left=(0, 1, 2))
+    if _fits(table) or not rows:
+        return table
+    # A claim is a sentence: rather than cut it, its detail goes on the next line.
+    return "\n".join(
+        line
+        for text, verdict, detail in rows
+        for line in (f"{verdict}: {text}", f"    {detail}".rstrip())
+        if line
+    )
 
 
 def expect_markdown(result: Mapping[str, Any]) -> str:
-    return markdown(*_expect(result))
+    """Return :func:`expect_table` as a Markdown table."""
+    return markdown(*expect_cells(result), left=(0, 1, 2))
 
 
-def _expect(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    return ["claim", "verdict", "detail"], [[e["text"], e["verdict"], e["detail"]] for e in result["expect"]]
+def _columns(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], chosen: Sequence[int]
+) -> tuple[list[str], list[list[str]]]:
+    return [heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows]
+
+
+def _fits(table: str) -> bool:
+    return all(width(line) <= COLUMNS for line in table.splitlines())
+
+
+def _pad(text: str, size: int, left: bool) -> str:
+    space = " " * (size - width(text))
+    return text + space if left else space + text
+
+
+def _markdown_text(text: str) -> str:
+    # Markdown passes HTML through, so a name must not become a tag.
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from graftwork.errors import UserError, did_you_mean
@@ -44,8 +45,6 @@ def choose(run: Run, model: PreTrainedModel) -> Adapter | None:
         adapter = from_fields(written)
     else:
         return None
-    # A portable name instead of a cache folder: whoever loads the adapter elsewhere resolves it the same way.
-    adapter.config.base_model_name_or_path = run.job.model.ref
     return adapter
 
 
@@ -84,8 +83,9 @@ class AdapterStack:
     ``separate`` one per task, named after it.
     """
 
-    def __init__(self, adapter: Adapter | None, base: PreTrainedModel) -> None:
+    def __init__(self, adapter: Adapter | None, base: PreTrainedModel, base_name: str) -> None:
         self.adapter = adapter
+        self.base_name = base_name
         self.model: Any = base
         self.names: list[str] = []
 
@@ -110,7 +110,8 @@ class AdapterStack:
 
     def save(self, folder: Path) -> None:
         """Save all adapters (or the full model) below ``folder`` in Hugging Face formats."""
-        self.model.save_pretrained(str(folder), safe_serialization=True)
+        self.model.save_pretrained(str(folder))
+        self._name_base(folder)
 
     def load(self, folder: Path, names: Sequence[str]) -> None:
         """Put the adapters ``names`` that :meth:`save` wrote onto the base model again, in that order."""
@@ -120,7 +121,6 @@ class AdapterStack:
                 self.model.load_adapter(path, adapter_name=name, is_trainable=True)
             else:
                 self.model = PeftModel.from_pretrained(self.model, path, adapter_name=name, is_trainable=True)
-            self.model.peft_config[name].base_model_name_or_path = self._base_name()
             self.names.append(name)
         if self.policy == "stacked" and self.names:
             self._activate(self.names, trains=None)
@@ -133,8 +133,8 @@ class AdapterStack:
         if self.policy == "stacked" and len(self.names) > 1 and self._is_lora():
             ones = [1.0] * len(self.names)
             self.model.add_weighted_adapter(self.names, ones, "default", combination_type="cat")
-            self.model.peft_config["default"].base_model_name_or_path = self._base_name()
             self.model.save_pretrained(str(folder), selected_adapters=["default"])
+            self._name_base(folder)
             self.model.delete_adapter("default")
             self._activate(self.names, trains=None)
         else:
@@ -146,9 +146,12 @@ class AdapterStack:
             self.model, "add_weighted_adapter"
         )
 
-    def _base_name(self) -> str | None:
-        assert self.adapter is not None
-        return self.adapter.config.base_model_name_or_path
+    def _name_base(self, folder: Path) -> None:
+        """Name the base as the user did, not by the cache folder it was loaded from: others have another cache."""
+        for path in folder.rglob("adapter_config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config["base_model_name_or_path"] = self.base_name
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _add(self, name: str) -> None:
         assert self.adapter is not None
@@ -160,8 +163,6 @@ class AdapterStack:
                 self.model = get_peft_model(self.model, config, adapter_name=name)
         except ValueError as error:
             raise UserError(f"the adapter does not fit this model: {error}") from error
-        # get_peft_model writes the folder that the base was loaded from; keep the portable name.
-        self.model.peft_config[name].base_model_name_or_path = self._base_name()
         self.names.append(name)
 
     def _activate(self, names: list[str], trains: str | None) -> None:

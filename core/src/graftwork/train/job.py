@@ -68,10 +68,12 @@ def run_job(
         run.open(resume=True, allow_other_versions=allow_other_versions)
         return dict(finished)
     plan = Plan.make(run)
-    tasks = build_stream(job.data, seed=job.seed)
+    tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
+    tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer)
+    scores = Scores(run, tasks, tokenizer, console)
     with run.locked():
         run.open(resume=resume, allow_other_versions=allow_other_versions)
-        return _Stream(spec, run, plan, tasks, console).execute()
+        return _Stream(spec, run, plan, tasks, scores, console).execute()
 
 
 def check_job(spec: JobSpec) -> None:
@@ -116,14 +118,17 @@ class Plan:
 class _Stream:
     """One job in progress."""
 
-    def __init__(self, spec: JobSpec, run: Run, plan: Plan, tasks: list[Task], console: Console) -> None:
+    def __init__(
+        self, spec: JobSpec, run: Run, plan: Plan, tasks: list[Task], scores: Scores, console: Console
+    ) -> None:
         self.spec = spec
         self.run = run
         self.job = run.job
         self.plan = plan
         self.tasks = tasks
         self.console = console
-        self.scores = Scores(run, tasks, console)
+        self.scores = scores
+        self.tokenizer = scores.tokenizer
         self.train_seconds = 0.0
         self.state_bytes = 0
 
@@ -133,19 +138,18 @@ class _Stream:
         done = finished_stages(self.run, names)
         arguments = self._arguments(0)
         model = self.job.model
-        self.tokenizer = load_tokenizer(model.ref, trust_remote_code=model.trust_remote_code)
         base = load_model(
             model.ref,
             dtype=model.dtype,
             attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
         ).to(arguments.device)
-        self.stack = AdapterStack(self.plan.adapter, base)
+        self.stack = AdapterStack(self.plan.adapter, base, model.ref)
         if done:
             self._restore(done)
         else:
             self.run.events.cut(0)
-            self.scores.before(self.stack, self.tokenizer)
+            self.scores.before(self.stack)
         for task in self.tasks[len(done) :]:
             self._learn(task)
         return self._finish()
@@ -173,7 +177,7 @@ class _Stream:
         self.trainable, self.total = count_parameters(self.stack.model)
         # The stage holds everything from here on; optimizer state goes with the trainer.
         trainer.accelerator.free_memory()
-        self.scores.after(task.index, self.stack, self.tokenizer)
+        self.scores.after(task.index, self.stack)
         self._write_stage(task)
 
     def _trainer(self, task: Task) -> Any:
@@ -262,7 +266,7 @@ class _Stream:
     # ------------------------------------------------------------------ the end
 
     def _finish(self) -> dict[str, Any]:
-        self.scores.finish(self.stack, self.tokenizer)
+        self.scores.finish(self.stack)
         output = self.run.directory / ("adapter" if self.plan.adapter else "model")
         if self.run.main:
             shutil.rmtree(output, ignore_errors=True)
@@ -275,6 +279,7 @@ class _Stream:
             "seed": self.job.seed,
             "plugins": self.job.plugins,
             "order": [task.name for task in self.tasks],
+            "notes": [note for task in self.tasks for note in task.notes],
             **self.scores.result(),
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,

@@ -29,7 +29,7 @@ def dry_run(spec: JobSpec) -> None:
     model: Any = plan.meta
     if plan.adapter:
         with torch.device("meta"):
-            stack = AdapterStack(plan.adapter, model)
+            stack = AdapterStack(plan.adapter, model, job.model.ref)
             stack.begin(job.data.order[0] if job.data.order else "task", job.seed)
         model = stack.model
     trainable, total = count_parameters(model)

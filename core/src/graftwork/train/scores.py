@@ -27,10 +27,11 @@ class Scores:
     ``items[i][j]`` the per-item correctness behind it.
     """
 
-    def __init__(self, run: Run, tasks: list[Task], console: Console) -> None:
+    def __init__(self, run: Run, tasks: list[Task], tokenizer: Any, console: Console) -> None:
         self.run = run
         self.options = run.job.evaluate
         self.tasks = tasks
+        self.tokenizer = tokenizer
         self.console = console
         self.seconds = 0.0
         rows, columns = len(tasks) + 1, len(tasks)
@@ -40,17 +41,19 @@ class Scores:
         self.general: dict[str, dict[str, float]] = {}
         self.general_items: dict[str, dict[str, list[int]]] = {}
         wanted = self.options.general.tasks
-        self.held_out = held_out_tasks(run.job.data, wanted, seed=run.seed) if wanted else []
+        self.held_out = (
+            held_out_tasks(run.job.data, wanted, seed=run.seed, tokenizer=tokenizer) if wanted else []
+        )
 
-    def before(self, stack: AdapterStack, tokenizer: Any) -> None:
+    def before(self, stack: AdapterStack) -> None:
         """Measure the untouched model."""
         if self.options.cells == "all":
-            self._row(0, range(len(self.tasks)), stack, tokenizer)
+            self._row(0, range(len(self.tasks)), stack)
         elif self.options.cells == "seen":
-            self._row(0, range(1), stack, tokenizer)
-        self._general("before", stack, tokenizer)
+            self._row(0, range(1), stack)
+        self._general("before", stack)
 
-    def after(self, index: int, stack: AdapterStack, tokenizer: Any) -> None:
+    def after(self, index: int, stack: AdapterStack) -> None:
         """Measure after the task ``index`` (from 0) was learned."""
         last = index == len(self.tasks) - 1
         if stack.policy == "separate":
@@ -61,22 +64,24 @@ class Scores:
         elif self.options.cells == "seen":
             # One task ahead, which forward transfer is defined by.
             columns = range(index + 2)
+        elif self.options.cells == "ends":
+            columns = range(index, index + 1)
         else:
             columns = range(0)
-        self._row(index + 1, columns, stack, tokenizer)
+        self._row(index + 1, columns, stack)
 
-    def finish(self, stack: AdapterStack, tokenizer: Any) -> None:
+    def finish(self, stack: AdapterStack) -> None:
         """Measure general ability once the stream is over."""
-        self._general("after", stack, tokenizer)
+        self._general("after", stack)
 
-    def _row(self, row: int, columns: range, stack: AdapterStack, tokenizer: Any) -> None:
+    def _row(self, row: int, columns: range, stack: AdapterStack) -> None:
         started = time.perf_counter()
         for column in columns:
             task = self.tasks[column]
             if task.test is None:
                 continue
             stack.use_for(task.name)
-            score = self._score(task, stack.model, tokenizer)
+            score = self._score(task, stack.model)
             self.matrix[row][column] = score.accuracy
             self.invalid[row][column] = score.invalid
             self.items[row][column] = [int(value) for value in score.correct]
@@ -94,7 +99,7 @@ class Scores:
             )
             self.console.say(f"  {stage:<24} {cells}")
 
-    def _score(self, task: Task, model: Any, tokenizer: Any) -> Any:
+    def _score(self, task: Task, model: Any) -> Any:
         plugins, run = self.run.plugins, self.run
         processors = [
             item for _, many in plugins.call("logits_processors", run=run, model=model) for item in many
@@ -102,7 +107,7 @@ class Scores:
         with self.console.bar(len(task.test or []), f"score {task.name}") as bar:
             return score_task(
                 model,
-                tokenizer,
+                self.tokenizer,
                 task,
                 batch_size=self.options.batch_size,
                 max_new_tokens=self.options.max_new_tokens,
@@ -111,7 +116,7 @@ class Scores:
                 progress=bar.update,
             )
 
-    def _general(self, when: str, stack: AdapterStack, tokenizer: Any) -> None:
+    def _general(self, when: str, stack: AdapterStack) -> None:
         started = time.perf_counter()
         values: dict[str, float] = {}
         items: dict[str, list[int]] = {}
@@ -120,14 +125,14 @@ class Scores:
             with self.console.bar(None, "perplexity", "window") as bar:
                 values["perplexity"] = perplexity(
                     stack.model,
-                    tokenizer,
+                    self.tokenizer,
                     Path(general.text),
                     window=general.window,
                     max_windows=general.windows,
                     progress=bar.update,
                 )["perplexity"]
         for task in self.held_out:
-            score = self._score(task, stack.model, tokenizer)
+            score = self._score(task, stack.model)
             values[task.name] = score.accuracy
             items[task.name] = [int(value) for value in score.correct]
         if values:
@@ -157,8 +162,9 @@ class Scores:
         scored = any(value is not None for row in self.matrix for value in row)
         metrics = continual.metrics(self.matrix) if scored else {}
         if self.held_out and "after" in self.general:
-            unseen = [self.general["after"][task.name] for task in self.held_out]
-            metrics["unseen"] = sum(unseen) / len(unseen)
+            before, after = self.general["before"], self.general["after"]
+            names = [task.name for task in self.held_out]
+            metrics["unseen"] = continual.unseen([before[n] for n in names], [after[n] for n in names])
         return {
             "scores": self.matrix if scored else [],
             "invalid": self.invalid if scored else [],

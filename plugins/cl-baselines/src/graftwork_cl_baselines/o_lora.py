@@ -9,19 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from graftwork import Adapter, LossTerm, UserError, hookimpl
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel, ConfigDict, Field
 
-from graftwork import Adapter, LossTerm, UserError, hookimpl
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from transformers import PreTrainedModel, Trainer
+    from collections.abc import Sequence
 
     from graftwork.data.tasks import Task
     from graftwork.run import Run
+    from transformers import PreTrainedModel, Trainer
 
 
 class OLoraOptions(BaseModel):

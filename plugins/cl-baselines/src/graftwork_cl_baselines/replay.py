@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from pydantic import BaseModel, ConfigDict, Field
-
 from graftwork import hookimpl
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import Trainer
-
     from graftwork.data.tasks import Task
     from graftwork.run import Run
+    from transformers import Trainer
 
 
 class ReplayOptions(BaseModel):

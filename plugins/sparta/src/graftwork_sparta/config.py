@@ -20,7 +20,9 @@ class SpartaConfig(PeftConfig):
     rank_shared: int = field(default=2, metadata={"help": "rank of the shared branch; 0 leaves it out"})
     rank_specific: int = field(default=8, metadata={"help": "rank of the specific branch; 0 leaves it out"})
     scale: float = field(default=1.0, metadata={"help": "constant factor c of both branches"})
-    init: Literal["lora", "lineage"] = field(default="lora", metadata={"help": "Kaiming, or normal with std 1/r^2"})
+    init: Literal["lora", "lineage"] = field(
+        default="lora", metadata={"help": "Kaiming, or normal with std 1/r^2"}
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout on the input of both branches"})
     target_modules: str | list[str] | None = field(default="all-linear", metadata={"help": "as in LoRA"})
     exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "as in LoRA"})
@@ -28,14 +30,17 @@ class SpartaConfig(PeftConfig):
     layers_pattern: str | list[str] | None = field(default=None, metadata={"help": "as in LoRA"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "as in LoRA"})
     bias: str = field(default="none", metadata={"help": "only 'none'"})
-    router: Literal["prompt", "lineage", "off"] = field(default="prompt", metadata={"help": "form of the router"})
+    router: Literal["prompt", "lineage", "off"] = field(
+        default="prompt", metadata={"help": "form of the router"}
+    )
     lineage_pool: Literal["all", "prompt"] = field(
         default="all", metadata={"help": "positions that the lineage router sums over"}
     )
     block_layers: int = field(default=4, metadata={"help": "decoder layers that share a gate"})
     components: int = field(default=8, metadata={"help": "router components that every task adds"})
     orth_mode: Literal["penalty", "project"] = field(
-        default="penalty", metadata={"help": "project: take the shared input directions out of the specific branch"}
+        default="penalty",
+        metadata={"help": "project: take the shared input directions out of the specific branch"},
     )
     specific: Literal["single", "per_task"] = field(
         default="single", metadata={"help": "per_task: a fresh specific branch per task, older ones frozen"}

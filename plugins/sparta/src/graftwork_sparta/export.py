@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from graftwork import UserError
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from graftwork import UserError
 from graftwork_sparta.layer import SpartaLinear
 from graftwork_sparta.model import active_adapter, gate_values, layers_of, routers_of
 
@@ -46,7 +46,9 @@ def export_branch(
         r=rank,
         lora_alpha=config.scale * rank,
         target_modules=sorted(targets),
-        fan_in_fan_out=any(not isinstance(layer.get_base_layer(), nn.Linear) for layer in layers_of(model, name)),
+        fan_in_fan_out=any(
+            not isinstance(layer.get_base_layer(), nn.Linear) for layer in layers_of(model, name)
+        ),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,

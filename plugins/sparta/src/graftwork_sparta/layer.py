@@ -37,7 +37,9 @@ class SpartaLinear(nn.Module, SpartaPart):
         elif isinstance(bare, nn.Linear):
             self.in_features, self.out_features = bare.in_features, bare.out_features
         else:
-            raise TypeError(f"SpaRTA adapts linear layers; {type(bare).__name__} is none, take it out of target_modules")
+            raise TypeError(
+                f"SpaRTA adapts linear layers; {type(bare).__name__} is none, take it out of target_modules"
+            )
         self.configs: dict[str, SpartaConfig] = {}
         self.sparta_shared_A = nn.ParameterDict({})
         self.sparta_shared_B = nn.ParameterDict({})
@@ -75,7 +77,9 @@ class SpartaLinear(nn.Module, SpartaPart):
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _fresh_a(self, rank: int, config: SpartaConfig, generator: torch.Generator | None = None) -> torch.Tensor:
+    def _fresh_a(
+        self, rank: int, config: SpartaConfig, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         a = torch.empty(rank, self.in_features)
         if config.init == "lineage":
             return nn.init.normal_(a, std=1 / rank**2, generator=generator)

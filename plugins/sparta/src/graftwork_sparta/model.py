@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 import torch
+from graftwork import UserError
+from graftwork.compat.peft_methods import register
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from graftwork import UserError
-from graftwork.compat.peft_methods import register
 from graftwork_sparta.config import SpartaConfig
 from graftwork_sparta.layer import SpartaLinear
 from graftwork_sparta.prompt import PromptContext
@@ -105,7 +105,9 @@ def place_routers(model: nn.Module, config: SpartaConfig, name: str, active: boo
     """
     path, count = _decoder_list(model, name)
     if config.block_layers > count:
-        raise UserError(f"SpaRTA: block_layers = {config.block_layers}, but the model has {count} decoder layers")
+        raise UserError(
+            f"SpaRTA: block_layers = {config.block_layers}, but the model has {count} decoder layers"
+        )
     existing = routers_of(model)
     context = existing[0].context if existing else PromptContext()
     if not existing:
@@ -177,12 +179,20 @@ def prompt_context(model: nn.Module) -> PromptContext | None:
 
 
 def _decoder_list(model: nn.Module, name: str) -> tuple[str, int]:
-    keys = [key for key, module in model.named_modules() if isinstance(module, SpartaLinear) and name in module.configs]
+    keys = [
+        key
+        for key, module in model.named_modules()
+        if isinstance(module, SpartaLinear) and name in module.configs
+    ]
     matches = [_INDEXED.match(key) for key in keys]
     paths = {match[1] for match in matches if match}
     if len(paths) != 1 or not all(matches):
         outside = next((key for key, match in zip(keys, matches, strict=True) if not match), None)
-        what = f"'{outside}' is outside" if outside else f"they are in {len(paths)} lists: {', '.join(sorted(paths))}"
+        what = (
+            f"'{outside}' is outside"
+            if outside
+            else f"they are in {len(paths)} lists: {', '.join(sorted(paths))}"
+        )
         raise UserError(
             f"SpaRTA's router needs all adapted layers inside one list of decoder layers, but {what}; "
             f"narrow target_modules or set router: off"

@@ -7,19 +7,18 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from graftwork import GradientTransform, LossTerm, UserError, hookimpl
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from graftwork import GradientTransform, LossTerm, UserError, hookimpl
 from graftwork_sparta.config import SpartaConfig
 from graftwork_sparta.losses import branch_overlap, component_overlap
 from graftwork_sparta.model import freeze_new, grow, prompt_context
 from graftwork_sparta.restore import Restoration
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
-
     from graftwork.data.tasks import Task
     from graftwork.run import Run
+    from transformers import PreTrainedModel, Trainer
 
 
 class SpartaOptions(BaseModel):
@@ -27,13 +26,17 @@ class SpartaOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rank_shared: int = Field(2, ge=0, description="rank of the shared branch; below rank_specific; 0 leaves it out")
+    rank_shared: int = Field(
+        2, ge=0, description="rank of the shared branch; below rank_specific; 0 leaves it out"
+    )
     rank_specific: int = Field(8, ge=1, description="rank of the specific branch")
     scale: float = Field(1.0, gt=0, description="constant factor of both branches")
     init: Literal["lora", "lineage"] = Field("lora", description="Kaiming A, or normal with std 1/rank^2")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the branches' input")
     target_modules: str | list[str] = Field("all-linear", description="layers to adapt, as in PEFT")
-    router: Literal["prompt", "lineage", "off"] = Field("prompt", description="form of the router; off: both gates 1")
+    router: Literal["prompt", "lineage", "off"] = Field(
+        "prompt", description="form of the router; off: both gates 1"
+    )
     lineage_pool: Literal["all", "prompt"] = Field(
         "all", description="lineage router: sum over all positions, answers included, or the prompt only"
     )
@@ -41,7 +44,9 @@ class SpartaOptions(BaseModel):
     components: int = Field(8, ge=1, description="router components added by each task")
     lambda_orth: float = Field(1.0, ge=0, description="weight of the overlap between the branches")
     mu: float = Field(1.0, ge=0, description="weight of the router components' orthonormality")
-    orth: Literal["input", "output", "both"] = Field("input", description="overlap of rows of A, columns of B, or both")
+    orth: Literal["input", "output", "both"] = Field(
+        "input", description="overlap of rows of A, columns of B, or both"
+    )
     orth_mode: Literal["penalty", "project"] = Field(
         "penalty", description="penalty: a loss term; project: exact, in the forward pass"
     )
@@ -105,10 +110,17 @@ class Sparta:
         options, terms = self.options, []
         if options.lambda_orth and options.orth_mode == "penalty" and options.rank_shared:
             terms.append(
-                LossTerm("orth", lambda model, _: branch_overlap(model, options.orth), options.lambda_orth, per="step")
+                LossTerm(
+                    "orth",
+                    lambda model, _: branch_overlap(model, options.orth),
+                    options.lambda_orth,
+                    per="step",
+                )
             )
         if options.mu and options.router != "off":
-            terms.append(LossTerm("components", lambda model, _: component_overlap(model), options.mu, per="step"))
+            terms.append(
+                LossTerm("components", lambda model, _: component_overlap(model), options.mu, per="step")
+            )
         return terms
 
     @hookimpl
@@ -134,7 +146,9 @@ class Sparta:
         if task.index > 0:
             grow(trainer.model, torch.Generator().manual_seed(run.seed * 1009 + task.index))
         if self.options.restore_every:
-            self.restoration = Restoration(self.options.restore_every, self.options.restore_probability, run.seed)
+            self.restoration = Restoration(
+                self.options.restore_every, self.options.restore_probability, run.seed
+            )
             self.restoration.begin(trainer.model)
 
     @hookimpl

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-
 from graftwork import UserError
+from torch import nn
 
 
 class PromptContext:

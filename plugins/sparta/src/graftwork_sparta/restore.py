@@ -34,4 +34,6 @@ class Restoration:
         for name, parameter in model.named_parameters():
             if name in self.start:
                 draw = torch.rand(parameter.shape, generator=generator) < self.probability
-                parameter.copy_(torch.where(draw.to(parameter.device), self.start[name].to(parameter), parameter))
+                parameter.copy_(
+                    torch.where(draw.to(parameter.device), self.start[name].to(parameter), parameter)
+                )

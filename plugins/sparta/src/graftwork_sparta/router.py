@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
+from graftwork import UserError
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from graftwork import UserError
 from graftwork_sparta.config import SpartaConfig
 from graftwork_sparta.prompt import PromptContext
 
@@ -165,7 +165,9 @@ class SpartaRouter(nn.Module, SpartaPart):
         """Nothing to undo."""
 
 
-def prompt_logits(q_bD: torch.Tensor, a_BND: torch.Tensor, k_BND: torch.Tensor, w_BN: torch.Tensor) -> torch.Tensor:
+def prompt_logits(
+    q_bD: torch.Tensor, a_BND: torch.Tensor, k_BND: torch.Tensor, w_BN: torch.Tensor
+) -> torch.Tensor:
     """Return z (b x 2) = sum_k w_k cos(q * A_k, K_k) without building a (b x 2 x n x d) tensor.
 
     <q*A, K> = q . (A*K) and |q*A|^2 = q^2 . A^2, two small matrix products. Shape suffixes: b batch,

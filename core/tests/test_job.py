@@ -1,0 +1,199 @@
+"""Whole jobs on a tiny model: streams, policies, scores, exports, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from graftwork import UserError
+from graftwork.testing.models import tiny_model
+from graftwork.testing.runs import losses, run_tiny, tiny_recipe
+from peft import PeftModel
+from safetensors.torch import load_file
+
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+
+
+def test_a_stream_fills_the_score_matrix(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    result = run_tiny(tiny_recipe(checkpoint, stream, adapter=LORA), tmp_path / "run")
+    assert result["order"] == ["colour", "fruit", "metal"]
+    assert [len(row) for row in result["scores"]] == [3, 3, 3, 3]
+    assert all(value is not None for row in result["scores"] for value in row)
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    assert set(result["metrics"]) >= {"ap", "la", "bwt", "fwt", "forgetting", "stage_average"}
+    assert len(losses(tmp_path / "run")) == 3 * 6
+
+
+@pytest.mark.parametrize(
+    ("cells", "filled"),
+    [
+        ("seen", [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]]),
+        ("ends", [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1]]),
+        ("final", [[0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 1, 1]]),
+    ],
+)
+def test_which_cells_are_measured(
+    cells: str, filled: list, checkpoint: Path, stream: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(checkpoint, stream, adapter=LORA, train={"max_steps": 1}, evaluate={"cells": cells})
+    scores = run_tiny(recipe, tmp_path / "run")["scores"]
+    assert [[int(value is not None) for value in row] for row in scores] == filled
+
+
+def test_a_saved_adapter_gives_the_logits_of_the_run(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    """Joined stacks of adapters compute the sum of the stack."""
+    ids = torch.arange(3, 40)[None]
+    outputs = {}
+    for policy in ("shared", "stacked"):
+        folder = tmp_path / policy
+        run_tiny(tiny_recipe(checkpoint, stream, adapter={**LORA, "policy": policy}), folder)
+        config = json.loads((folder / "adapter/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(checkpoint)
+        model = PeftModel.from_pretrained(tiny_model(), folder / "adapter").eval()
+        outputs[policy] = model(ids).logits
+    assert config["r"] == 3 * LORA["r"]
+    stages = sorted((tmp_path / "stacked/stages").iterdir())
+    summed = tiny_model()
+    for index, adapter in enumerate(sorted((stages[-1] / "model").iterdir())):
+        name = f"a{index}"
+        if index == 0:
+            summed = PeftModel.from_pretrained(summed, adapter, adapter_name=name)
+        else:
+            summed.load_adapter(adapter, adapter_name=name)
+    summed.base_model.set_adapter([f"a{index}" for index in range(3)])
+    torch.testing.assert_close(summed.eval()(ids).logits, outputs["stacked"], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(outputs["shared"], outputs["stacked"])
+
+
+def test_separate_adapters_never_forget(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(checkpoint, stream, adapter={**LORA, "policy": "separate"}, train={"max_steps": 12})
+    result = run_tiny(recipe, tmp_path / "run")
+    assert result["metrics"]["bwt"] == 0
+    first = load_file(tmp_path / "run/stages/01-colour/model/colour/adapter_model.safetensors")
+    last = load_file(tmp_path / "run/stages/03-metal/model/colour/adapter_model.safetensors")
+    assert all(torch.equal(first[key], last[key]) for key in first)
+
+
+def test_full_weights_keep_only_the_newest_stage(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    result = run_tiny(tiny_recipe(checkpoint, stream, train={"max_steps": 2}), tmp_path / "run")
+    assert result["output"] == "model"
+    assert (tmp_path / "run/model/model.safetensors").exists()
+    kept = [(p / "model").exists() for p in sorted((tmp_path / "run/stages").iterdir())]
+    assert kept == [False, False, True]
+
+
+def test_no_pickle_is_left_behind(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(checkpoint, stream, adapter=LORA, train={"save_strategy": "steps", "save_steps": 2})
+    run_tiny(recipe, tmp_path / "run")
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+@pytest.mark.parametrize("policy", ["shared", "stacked", "separate", None])
+def test_resuming_between_tasks_is_exact(
+    policy: str | None, checkpoint: Path, stream: Path, tmp_path: Path
+) -> None:
+    """Cut a finished run back to one finished task; going on gives the same record and scores."""
+    import shutil
+
+    adapter = {**LORA, "policy": policy} if policy else None
+    recipe = tiny_recipe(checkpoint, stream, adapter=adapter, train={"max_steps": 3})
+    whole = run_tiny(recipe, tmp_path / "a")
+    if policy is None:
+        # Stages of full weights are thinned out, so the cut run is stopped instead.
+        with pytest.MonkeyPatch.context() as patch:
+            from graftwork.train import job
+
+            original = job._Stream._learn
+
+            def stop(self, task):
+                if task.index == 1:
+                    raise KeyboardInterrupt
+                original(self, task)
+
+            patch.setattr(job._Stream, "_learn", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run_tiny(recipe, tmp_path / "b")
+    else:
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        (tmp_path / "b/result.json").unlink()
+        for stage in sorted((tmp_path / "b/stages").iterdir())[1:]:
+            shutil.rmtree(stage)
+    again = run_tiny(recipe, tmp_path / "b", resume=True)
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+    assert again["scores"] == whole["scores"]
+    for name in ("adapter", "model"):
+        for file in (tmp_path / "a" / name).rglob("*.safetensors"):
+            other = tmp_path / "b" / file.relative_to(tmp_path / "a")
+            assert file.read_bytes() == other.read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(checkpoint, stream, adapter=LORA, train={"max_steps": 1})
+    first = run_tiny(recipe, tmp_path / "run")
+    stamp = (tmp_path / "run/metrics.jsonl").stat().st_mtime_ns
+    assert run_tiny(recipe, tmp_path / "run", resume=True) == first
+    assert (tmp_path / "run/metrics.jsonl").stat().st_mtime_ns == stamp
+
+
+def refused(recipe, directory: Path, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        run_tiny(recipe, directory, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_refusals_about_the_run_directory(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(checkpoint, stream, adapter=LORA, train={"max_steps": 1})
+    run_tiny(recipe, tmp_path / "run")
+    assert "add --resume" in refused(recipe, tmp_path / "run")
+    other = tiny_recipe(checkpoint, stream, adapter=LORA, train={"max_steps": 2})
+    assert "belongs to a run with other settings: 'train'" in refused(other, tmp_path / "run", resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    assert "is not empty and holds no run" in refused(recipe, tmp_path / "mine")
+    (tmp_path / "run/manifest.json").write_text("{}")
+    assert "is not a manifest" in refused(recipe, tmp_path / "run", resume=True)
+
+
+def test_resuming_with_another_plugin_version_is_refused_unless_asked_for(
+    checkpoint: Path, stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftwork.plugins import Plugins
+
+    recipe = tiny_recipe(checkpoint, stream, adapter=LORA, train={"max_steps": 1})
+    old = {"thing": {"distribution": "graftwork-thing", "version": "1.0"}}
+    monkeypatch.setattr(Plugins, "versions", lambda self: old)
+    run_tiny(recipe, tmp_path / "run")
+    new = {"thing": {"distribution": "graftwork-thing", "version": "2.0"}}
+    monkeypatch.setattr(Plugins, "versions", lambda self: new)
+    assert "written with plugin 'thing' 1.0, installed is 2.0" in refused(
+        recipe, tmp_path / "run", resume=True
+    )
+    run_tiny(recipe, tmp_path / "run", resume=True, allow_other_versions=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"learning_rat": 1}}, "train.learning_rat: SFTConfig has no field"),
+        ({"train": {"max_steps": "many"}}, "train.max_steps = 'many'"),
+        ({"train": {"output_dir": "x"}}, "train.output_dir is decided by"),
+        ({"adapter": {"peft_type": "LORRA"}}, "did you mean 'LORA'?"),
+        ({"adapter": {"peft_type": "LORA", "rank": 2}}, "adapter.rank: LoraConfig has no field"),
+        ({"adapter": {**LORA, "policy": "sharred"}}, "adapter.policy = 'sharred'"),
+        ({"plugins": {"nothing-like-it": {}}}, "plugin 'nothing-like-it' is not installed"),
+        ({"data_options": {"order": ["fruit", "fruut"]}}, "'fruut'"),
+        ({"algorithm": "dpo"}, "chosen"),
+    ],
+)
+def test_refusals_before_anything_is_written(
+    changes: dict, said: str, checkpoint: Path, stream: Path, tmp_path: Path
+) -> None:
+    if "algorithm" in changes:
+        changes = {**changes, "train": {"precompute_ref_log_probs": True}}
+    message = refused(tiny_recipe(checkpoint, stream, **changes), tmp_path / "run")
+    assert said in message
+    if "algorithm" not in changes:
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,145 @@
+"""Finding, selecting and calling plugins."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+from graftwork import PluginError, UserError, hookimpl
+from graftwork.plugins import Plugins, construct, discover, find
+
+
+def install(
+    site: Path, name: str, module: str, code: str, version: str = "1.0", package: str | None = None
+) -> None:
+    """Put a plugin distribution into a site directory, as an installer would."""
+    package = package or f"graftwork-{name}"
+    (site / f"{module}.py").write_text(code)
+    info = site / f"{package.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(f"[graftwork.plugins]\n{name} = {module}:Plugin\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    return tmp_path
+
+
+GOOD = """
+from pydantic import BaseModel, ConfigDict, Field
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    strength: float = Field(0.5, gt=0, le=1)
+
+class Plugin:
+    Options = Options
+    def __init__(self, options):
+        self.options = options
+"""
+
+
+def test_discovery_reads_metadata_and_runs_no_code(site: Path) -> None:
+    install(site, "loud", "loud_plugin", "raise SystemExit('imported')")
+    info = discover()["loud"]
+    assert (info.distribution, info.version) == ("graftwork-loud", "1.0")
+
+
+def test_construct_validates_options(site: Path) -> None:
+    install(site, "good", "good_plugin", GOOD)
+    assert construct("good", {"strength": 1}).options.strength == 1.0
+    for options, said in (
+        ({"strenght": 1}, "plugin 'good': unknown option 'strenght' (did you mean 'strength'?)"),
+        ({"strength": 2}, "option 'strength' = 2: input should be less than or equal to 1"),
+        ({"strength": "much"}, "option 'strength' = 'much'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            construct("good", options)
+        assert said in str(caught.value)
+
+
+def test_unknown_plugin_names_the_package_to_install(site: Path) -> None:
+    install(site, "good", "good_plugin2", GOOD)
+    with pytest.raises(UserError) as caught:
+        find("goood")
+    assert "pip install graftwork-goood" in str(caught.value)
+    assert "did you mean 'good'?" in str(caught.value)
+
+
+def test_a_plugin_whose_import_fails_is_named(site: Path) -> None:
+    install(site, "broken", "broken_plugin", "import a_module_that_is_not_there")
+    with pytest.raises(UserError) as caught:
+        construct("broken", {})
+    assert "plugin 'broken' (package graftwork-broken 1.0) cannot be imported" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_an_entry_point_that_is_no_class_is_refused(site: Path) -> None:
+    install(site, "odd", "odd_plugin", "Plugin = 3")
+    with pytest.raises(UserError, match="where a class is expected"):
+        construct("odd", {})
+
+
+def test_two_packages_with_the_same_plugin_are_refused(site: Path) -> None:
+    install(site, "twin", "twin_a", GOOD)
+    install(site, "twin", "twin_b", GOOD, package="graftwork-twin-two")
+    with pytest.raises(UserError, match="offered by two installed packages"):
+        discover()
+
+
+class Terms:
+    def __init__(self, *terms: str) -> None:
+        self.terms = list(terms)
+
+    @hookimpl
+    def loss_terms(self, run, model):
+        return self.terms
+
+
+class Failing:
+    @hookimpl
+    def loss_terms(self, run, model):
+        raise ZeroDivisionError("inside")
+
+
+def test_results_come_in_plugin_order_with_their_names() -> None:
+    plugins = Plugins({"b": Terms("1"), "a": Terms("2", "3")})
+    assert plugins.call("loss_terms", run=None, model=None) == [("b", ["1"]), ("a", ["2", "3"])]
+
+
+def test_a_plugin_that_raises_is_named_with_its_hook() -> None:
+    plugins = Plugins({"good": Terms(), "bad": Failing()})
+    with pytest.raises(
+        PluginError, match="plugin 'bad' failed in hook 'loss_terms': ZeroDivisionError: inside"
+    ) as caught:
+        plugins.call("loss_terms", run=None, model=None)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_two_answers_where_one_is_allowed_name_both_plugins() -> None:
+    plugins = Plugins({"x": Terms("1"), "y": Terms("2")})
+    with pytest.raises(UserError, match="plugins 'x' and 'y' cannot be combined") as caught:
+        plugins.call_one("loss_terms", "a thing", run=None, model=None)
+    assert "hook loss_terms" in str(caught.value)
+    assert "leave one of them out" in str(caught.value)
+
+
+def test_a_hook_that_does_not_exist_is_refused() -> None:
+    class Typo:
+        @hookimpl
+        def los_terms(self, run, model):
+            return []
+
+    with pytest.raises(UserError, match="does not fit this version of the hooks"):
+        Plugins({"typo": Typo()})
+
+
+def test_options_of_a_plugin_without_any_must_be_empty(site: Path) -> None:
+    install(site, "bare", "bare_plugin", "class Plugin:\n    def __init__(self, options): pass\n")
+    construct("bare", {})
+    with pytest.raises(UserError, match="unknown option 'x'"):
+        construct("bare", {"x": 1})
