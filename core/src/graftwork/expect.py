@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from graftwork.errors import UserError, did_you_mean
 from graftwork.evaluate.bootstrap import paired_bootstrap
@@ -88,7 +88,7 @@ def _bootstrapped(claim: Claim, pairs: Sequence[tuple[Job, Job]]) -> dict[str, s
         [(a["items"], b["items"]) for a, b in pairs], metric=claim.metric, orders=orders
     )
     low, high, mean = result.low, result.high, result.difference
-    verdict = result.verdict(claim.relation, claim.margin)
+    verdict = result.verdict(cast(Any, claim.relation), claim.margin)
     detail = (
         f"difference {100 * mean:+.1f} points, 95 % interval [{100 * low:+.1f}, {100 * high:+.1f}], "
         f"{len(pairs)} paired run{'s' if len(pairs) > 1 else ''}"

@@ -179,7 +179,7 @@ def _adapter_config(source: Source) -> dict[str, Any]:
     path = Path(source.path) / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"], config["peft_type"]
+        _ = config["base_model_name_or_path"], config["peft_type"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"'{path}' is not an adapter config: it needs base_model_name_or_path and peft_type"

@@ -41,9 +41,9 @@ def discover() -> dict[str, PluginInfo]:
     """
     found: dict[str, PluginInfo] = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        distribution = point.dist
-        name = distribution.name if distribution else "unknown"
-        version = distribution.version if distribution else "unknown"
+        # Read once: every access of a distribution's name or version parses its metadata again.
+        metadata = point.dist.metadata if point.dist else {"Name": "unknown", "Version": "unknown"}
+        name, version = metadata["Name"], metadata["Version"]
         previous = found.get(point.name)
         if previous and previous.distribution != name:
             raise UserError(

@@ -67,7 +67,7 @@ class EvaluateOptions(BaseModel):
     )
     batch_size: int = Field(25, ge=1, description="prompts per generate call")
     max_new_tokens: int = Field(8, ge=1, description="longest answer, in tokens")
-    general: GeneralOptions = GeneralOptions()
+    general: GeneralOptions = Field(default_factory=lambda: GeneralOptions.model_validate({}))
 
 
 class Job(BaseModel):
@@ -85,7 +85,7 @@ class Job(BaseModel):
         "sft", description="TRL's SFT, DPO or GRPO trainer, or transformers' own Trainer"
     )
     train: dict[str, Any] = Field({}, description="fields of the trainer's own config class")
-    evaluate: EvaluateOptions = EvaluateOptions()
+    evaluate: EvaluateOptions = Field(default_factory=lambda: EvaluateOptions.model_validate({}))
     seed: int = Field(42, ge=0, lt=2**32, description="seed of data, weights and order")
 
     @field_validator("plugins", mode="before")

@@ -31,16 +31,17 @@ def evaluate(
     from graftwork.data.stream import build_stream
     from graftwork.evaluate.answers import score_task
     from graftwork.evaluate.perplexity import perplexity
+    from graftwork.models import load_tokenizer
 
     if not data and not text:
         raise UserError("evaluate needs --data (tasks to score), --text (a text for its perplexity), or both")
     settings = {"model": model, "data": data or "none", "evaluate": {"cells": "final"}}
     job = expand(Document(settings, {}, "evaluate"), sets=sets, plugins=plugins).jobs[0].job
-    names = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
-    tasks = build_stream(job.data, seed=job.seed, tokenizer=names) if data else []
+    tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
+    tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer) if data else []
     console = Console()
     rows: list[dict[str, Any]] = []
-    with _loaded(job) as (run, loaded, tokenizer):
+    with _loaded(job) as (run, loaded, _):
         for task in tasks:
             if task.test is None:
                 raise UserError(f"task '{task.name}' has no test items to score")
@@ -145,8 +146,9 @@ def _loaded(job: Job) -> Iterator[tuple[Run, Any, Any]]:
     )
     import torch
 
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+    device: Any = torch.accelerator.current_accelerator()
+    if device is not None:
+        model = model.to(device)
     model.eval()
     yield run, model, tokenizer
 

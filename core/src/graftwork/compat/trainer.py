@@ -34,11 +34,11 @@ def keep_adapter_activity(model: torch.nn.Module) -> Iterator[None]:
     The Trainer activates only the first adapter and makes all of it trainable, which undoes stacks of
     adapters and frozen parts of one adapter.
     """
-    tuner = getattr(model, "base_model", None)
+    tuner: Any = getattr(model, "base_model", None)
     if not hasattr(model, "peft_config") or tuner is None:
         yield
         return
-    active = list(model.active_adapters)
+    active = list(tuner.active_adapters)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     yield
     tuner.set_adapter(active)

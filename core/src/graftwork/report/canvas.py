@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -68,13 +69,13 @@ _STYLE = {
 @contextmanager
 def styled() -> Iterator[None]:
     """Set the style for the figures drawn inside; matplotlib's own settings are left as they were."""
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context(cast(Any, _STYLE)), warnings.catch_warnings():
         # The browser has the letters that the font used for measuring lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 
-def grid(panels: int, across: int, width: float, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+def grid(panels: int, across: int, width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
     """Return a figure of ``panels`` axes, ``across`` in a row; sizes in inches."""
     down = -(-panels // across)
     figure = Figure((width, height), layout="constrained")
@@ -89,7 +90,7 @@ def series(arm_number: int) -> tuple[str, str]:
     return SERIES[arm_number % len(SERIES)], MARKERS[arm_number % len(MARKERS)]
 
 
-def legend(figure: Figure, handles: Sequence[object], names: Sequence[str]) -> None:
+def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Write the names of the lines above the panels."""
     # matplotlib takes a name that starts with "_" for its own; an invisible letter keeps it.
     texts = [f"\u2060{name}" if name.startswith("_") else name for name in names]

@@ -23,6 +23,7 @@ from graftwork.report.summary import (
     finite,
     mean,
     mean_matrix,
+    shares,
     untouched,
 )
 
@@ -57,6 +58,7 @@ def heat_maps(jobs: Sequence[Job]) -> str:
             sharey=True,
         )
         colours = mpl.colormaps["cividis"].resampled(20)
+        mesh: Any = None
         for axis, (arm, members) in zip(axes, chosen.items(), strict=True):
             mesh = _heat_map(axis, mean_matrix(members), colours, letters)
             axis.set_title(name(arm))
@@ -79,7 +81,7 @@ def _heat_map(axis: Axes, matrix: Matrix, colours: Any, letters: float) -> Any:
     values = [[math.nan if value is None else 100 * value for value in row] for row in matrix]
     # Cells are centred on whole numbers, as ticks are.
     x, y = ([k - 0.5 for k in range(size + 1)] for size in (len(values[0]), len(values)))
-    mesh = axis.pcolormesh(x, y, values, cmap=colours, vmin=0, vmax=100, edgecolor=PAPER, linewidth=0.8)
+    mesh: Any = axis.pcolormesh(x, y, values, cmap=colours, vmin=0, vmax=100, edgecolor=PAPER, linewidth=0.8)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if math.isfinite(value):

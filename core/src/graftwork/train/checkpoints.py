@@ -70,9 +70,9 @@ class MarkCheckpoints(TrainerCallback):
             )
 
 
-def latest_checkpoint(run: Run) -> tuple[Path, dict[str, Any]] | None:
+def latest_checkpoint(run: Run) -> tuple[Path, Mapping[str, Any]] | None:
     """Return the newest complete checkpoint of the unfinished task, and remove incomplete ones."""
-    best: tuple[Path, dict[str, Any]] | None = None
+    best: tuple[Path, Mapping[str, Any]] | None = None
     for folder in (run.stages / CURRENT).glob("checkpoint-*"):
         marker = read_json(folder / MARKER)
         if marker is None:

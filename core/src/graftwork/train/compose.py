@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -104,7 +104,7 @@ class Composed(Trainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not parts.terms:
             return result
-        loss, outputs = result if return_outputs else (result, None)
+        loss, outputs = cast(Any, result) if return_outputs else (cast(torch.Tensor, result), None)
         loss = loss + self._extra_loss(bare, batch, loss_is_scaled(self, num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
 
@@ -127,7 +127,7 @@ class Composed(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.composition.factors:
-            _split_groups(optimizer, self.model, self.composition.factors)
+            _split_groups(optimizer, cast(Any, self.model), self.composition.factors)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -143,7 +143,7 @@ class Composed(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        with keep_adapter_activity(model or self.model):
+        with keep_adapter_activity(model or cast(Any, self.model)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # ------------------------------------------------------------------ loss terms
@@ -173,7 +173,7 @@ class Composed(Trainer):
         means = {}
         for name, value in self._term_sums.items():
             if self.args.world_size > 1:
-                value = self.accelerator.gather(value.reshape(1)).mean()
+                value = cast(torch.Tensor, self.accelerator.gather(value.reshape(1))).mean()
             means[f"loss/{name}"] = value.item() / steps
         self._term_sums = {}
         return means

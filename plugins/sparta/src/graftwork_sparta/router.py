@@ -117,10 +117,11 @@ class SpartaRouter(nn.Module, SpartaPart):
             every_step = config.router == "lineage" and config.lineage_pool == "all"
             if self.context.reuse and not every_step:
                 continue
-            if every_step:
-                mask = self.context.attended(hidden)
-            else:
-                mask = self.context.prompt(hidden, config.prompt_fallback)
+            mask = (
+                self.context.attended(hidden)
+                if every_step
+                else self.context.prompt(hidden, config.prompt_fallback)
+            )
             gates = self._gates(name, hidden, mask)
             if not torch.isfinite(gates).all():
                 raise UserError(
