@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any, ClassVar
 
@@ -44,23 +45,44 @@ class SpartaModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, SpartaLinear):
-            target.add(adapter_name, peft_config)
-            return
-        layer = SpartaLinear(target, adapter_name, peft_config)
+        try:
+            if isinstance(target, SpartaLinear):
+                target.add(adapter_name, peft_config)
+                return
+            layer = SpartaLinear(target, adapter_name, peft_config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"'{current_key}': {error}") from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(self, model: nn.Module, config: SpartaConfig, adapter_name: str) -> None:
-        if config.router != "off":
-            place_routers(model, config, adapter_name, active=adapter_name in self.active_adapters)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT's own hook after an injection runs for the first adapter of a model only.
+        config = self.peft_config[adapter_name]
+        if any(config is other for name, other in self.peft_config.items() if name != adapter_name):
+            # Every adapter counts its own tasks.
+            config = self.peft_config[adapter_name] = copy.copy(config)
+        with_router = config.router != "off"
+        if with_router:
+            check_blocks(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if with_router:
+            place_routers(model, config, adapter_name, active=self.active_adapters)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT 0.21 makes new parameters of those in a ParameterDict, and new ones always train.
+        trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trains[name])
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for module in list(model.modules()):
             if hasattr(module, ROUTER):
-                module._forward_pre_hooks.pop(getattr(module, ROUTER).handle.id, None)
+                router = getattr(module, ROUTER)
+                router.handle.remove()
+                router.context.handle.remove()
                 delattr(module, ROUTER)
         return model
 
@@ -94,14 +116,27 @@ def active_adapter(model: nn.Module) -> str:
     raise UserError("the model has no active SpaRTA adapter")
 
 
-def place_routers(model: nn.Module, config: SpartaConfig, name: str, active: bool) -> None:
-    """Put a router in front of every block of ``config.block_layers`` decoder layers.
-
-    The router is a child of the block's first layer, so PEFT saves and loads it with the adapter.
+def check_blocks(model: nn.Module, config: SpartaConfig) -> None:
+    """Refuse an adapter whose blocks differ from those of the adapters that are there.
 
     Raises:
-        UserError: the adapted layers are not inside a numbered list of decoder layers, or another adapter
-            of the model has other blocks.
+        UserError: they do.
+    """
+    for router in routers_of(model):
+        for other in router.configs.values():
+            if other.block_layers != config.block_layers:
+                raise UserError("SpaRTA: all adapters of one model need the same block_layers")
+
+
+def place_routers(model: nn.Module, config: SpartaConfig, name: str, active: list[str]) -> None:
+    """Put a router in front of every block of ``config.block_layers`` decoder layers.
+
+    The router is a child of the block's first layer, so PEFT saves and loads it with the adapter. ``active``
+    are the active adapters of the model; ``name`` trains if it is one of them.
+
+    Raises:
+        UserError: the adapted layers are not inside a numbered list of decoder layers, or a block would be
+            longer than that list.
     """
     path, count = _decoder_list(model, name)
     if config.block_layers > count:
@@ -111,28 +146,21 @@ def place_routers(model: nn.Module, config: SpartaConfig, name: str, active: boo
     existing = routers_of(model)
     context = existing[0].context if existing else PromptContext()
     if not existing:
-        model.register_forward_pre_hook(context.begin, with_kwargs=True)
+        context.handle = model.register_forward_pre_hook(context.begin, with_kwargs=True)
     decoder = model.get_submodule(path)
     by_layer: dict[int, SpartaRouter] = {}
     for first in range(0, count, config.block_layers):
         block = decoder[first]
         router = getattr(block, ROUTER, None)
-        if existing and router is None:
-            raise UserError("SpaRTA: all adapters of one model need the same block_layers")
-        anchor = next(block.parameters())
         if router is None:
             router = SpartaRouter(first // config.block_layers, _width(model), context)
             router.handle = block.register_forward_pre_hook(router.observe, with_kwargs=True)
+            router._active_adapter = list(active)
             setattr(block, ROUTER, router)
-            router._active_adapter = name
-        router.add(name, config, anchor.device)
-        router.set_adapter(router.active_adapters, inference_mode=config.inference_mode)
-        if not active:
-            router.set_requires_grad(name, False)
+        router.add(name, config, next(block.parameters()).device)
+        router.set_requires_grad(name, name in active and not config.inference_mode)
         for index in range(first, min(first + config.block_layers, count)):
             by_layer[index] = router
-    if len(existing) > len(set(map(id, by_layer.values()))):
-        raise UserError("SpaRTA: all adapters of one model need the same block_layers")
     for key, module in model.named_modules():
         if isinstance(module, SpartaLinear) and not module.router:
             module.router.append(by_layer[int(_INDEXED.match(key)[2])])

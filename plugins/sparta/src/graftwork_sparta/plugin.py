@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from graftwork import GradientTransform, LossTerm, UserError, hookimpl
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from graftwork_sparta.config import SpartaConfig
 from graftwork_sparta.losses import branch_overlap, component_overlap
@@ -18,7 +19,7 @@ from graftwork_sparta.restore import Restoration
 if TYPE_CHECKING:
     from graftwork.data.tasks import Task
     from graftwork.run import Run
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PretrainedConfig, PreTrainedModel, Trainer
 
 
 class SpartaOptions(BaseModel):
@@ -97,10 +98,10 @@ class Sparta:
 
     @hookimpl
     def adapter_config(self, run: Run, model: PreTrainedModel) -> SpartaConfig:
-        if model.config.is_encoder_decoder and self.options.router != "off":
+        if self.options.router != "off" and not _is_decoder(model.config):
             raise UserError(
-                f"plugin 'sparta': the router reads a decoder's prompt and '{model.config.model_type}' is an "
-                f"encoder-decoder; set plugins.sparta.router: off"
+                f"plugin 'sparta': the router reads the prompt of a decoder and '{model.config.model_type}' is "
+                f"none; set plugins.sparta.router: off"
             )
         of_adapter = set(SpartaOptions.model_fields) & set(SpartaConfig.__dataclass_fields__)
         return SpartaConfig(task_type="CAUSAL_LM", **self.options.model_dump(include=of_adapter))
@@ -135,11 +136,15 @@ class Sparta:
 
     @hookimpl
     def batch_begin(self, run: Run, model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
-        # Preference trainers mark the answer with completion_mask and pass no labels to the model.
+        # Preference and policy-gradient trainers mark the answer with masks and pass no labels to the model.
         context = prompt_context(model)
-        if context is not None and "completion_mask" in batch and "attention_mask" in batch:
-            before_answer = batch["completion_mask"].cumsum(1) == 0
-            context.give(before_answer & batch["attention_mask"].bool())
+        if context is None or "completion_mask" not in batch:
+            return
+        answer = batch["completion_mask"]
+        if "prompt_mask" in batch:
+            context.give(torch.cat([batch["prompt_mask"].bool(), torch.zeros_like(answer).bool()], 1))
+        elif "attention_mask" in batch:
+            context.give((answer.cumsum(1) == 0) & batch["attention_mask"].bool())
 
     @hookimpl
     def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
@@ -177,3 +182,10 @@ class Sparta:
     def generation_context(self, run: Run, model: PreTrainedModel) -> AbstractContextManager[None] | None:
         context = prompt_context(model)
         return None if context is None else context.generation()
+
+
+def _is_decoder(config: PretrainedConfig) -> bool:
+    if config.is_encoder_decoder:
+        return False
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return not encoder or getattr(config, "is_decoder", False)

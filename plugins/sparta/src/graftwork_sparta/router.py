@@ -69,6 +69,7 @@ class SpartaRouter(nn.Module, SpartaPart):
     def add(self, name: str, config: SpartaConfig, device: torch.device) -> None:
         """Make the components of adapter ``name`` for ``config.tasks`` tasks; only the last ones train."""
         self.configs[name] = config
+        self.device = device
         n = config.components * (config.tasks - 1)
         _check_room(config, self.width)
         w_shape = (self.width,) if config.router == "lineage" else ()
@@ -164,6 +165,15 @@ class SpartaRouter(nn.Module, SpartaPart):
 
     def unmerge(self) -> None:
         """Nothing to undo."""
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT asks for it after it loaded weights; there is no base layer here, the block says where.
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            tensors = getattr(self, name)
+            if name != "configs" and adapter_name in tensors:
+                tensors[adapter_name].data = tensors[adapter_name].data.to(device or self.device)
 
 
 def prompt_logits(

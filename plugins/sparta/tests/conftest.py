@@ -1,0 +1,79 @@
+"""Tiny models with an adapter that does something: B, the gates' weights and the components are not at their start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graftwork.testing.data import tiny_stream
+from graftwork.testing.models import tiny_checkpoint, tiny_model
+from graftwork_sparta import SpartaConfig
+from peft import PeftModel, get_peft_model
+
+
+def _scramble(model: torch.nn.Module, seed: int = 5) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "sparta_" not in name or not parameter.requires_grad:
+            continue
+        with torch.no_grad():
+            if "_B." in name or "router" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_((2.0 if "router_w" in name else 0.2) * noise.to(parameter.dtype))
+
+
+def _adapt(
+    kind: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    scrambled: bool = True,
+    model: dict[str, Any] | None = None,
+    **fields: Any,
+) -> PeftModel:
+    torch.manual_seed(3)
+    fields = {"rank_shared": 2, "rank_specific": 4, "block_layers": 2, "components": 3, **fields}
+    adapted = get_peft_model(
+        tiny_model(kind, dtype=dtype, **(model or {})), SpartaConfig(task_type="CAUSAL_LM", **fields)
+    )
+    if dtype == torch.float64:
+        adapted.to(dtype)
+    if scrambled:
+        _scramble(adapted)
+    return adapted.eval()
+
+
+@pytest.fixture(scope="session")
+def adapt() -> Callable[..., PeftModel]:
+    """``adapt(kind, dtype=, scrambled=, model={}, **config fields)`` returns an adapted tiny model."""
+    return _adapt
+
+
+@pytest.fixture(scope="session")
+def scramble() -> Callable[..., None]:
+    """``scramble(model)`` moves what trains away from its start."""
+    return _scramble
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Three rows of 12 tokens, half of them prompt; the last row is two tokens shorter."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 250, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[2, 10:], mask[2, 10:] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :6] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_stream(tmp_path_factory.mktemp("data") / "stream", ["fruit", "metal"], train=16, test=2)
