@@ -45,7 +45,7 @@ lint: $(VENV)/.ready
 
 # Measured comparisons with peers: prints tables, writes CSV to tests/benchmarks/results/.
 bench: $(VENV)/.model
-	@$(BIN)/python -m pytest -q tests/benchmarks -m slow -s --no-header
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m slow -s --no-header
 # The papers' claims at the size `small`; hours on a CPU.
 claims: $(VENV)/.model
 	@$(BIN)/trainer run sparta:claim --size small

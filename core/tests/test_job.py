@@ -71,8 +71,8 @@ def test_separate_adapters_never_forget(checkpoint: Path, stream: Path, tmp_path
     recipe = tiny_recipe(checkpoint, stream, adapter={**LORA, "policy": "separate"}, train={"max_steps": 12})
     result = run_tiny(recipe, tmp_path / "run")
     assert result["metrics"]["bwt"] == 0
-    first = load_file(tmp_path / "run/stages/01-colour/model/colour/adapter_model.safetensors")
-    last = load_file(tmp_path / "run/stages/03-metal/model/colour/adapter_model.safetensors")
+    first = load_file(tmp_path / "run/stages/01-colour/model/task-colour/adapter_model.safetensors")
+    last = load_file(tmp_path / "run/stages/03-metal/model/task-colour/adapter_model.safetensors")
     assert all(torch.equal(first[key], last[key]) for key in first)
 
 
@@ -197,3 +197,68 @@ def test_refusals_before_anything_is_written(
     assert said in message
     if "algorithm" not in changes:
         assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_stopped_inside_a_task_keeps_its_whole_record(
+    checkpoint: Path, stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftwork.train.progress import Progress
+
+    train = {"save_strategy": "steps", "save_steps": 2}
+    recipe = tiny_recipe(checkpoint, stream, adapter=LORA, train=train)
+    whole = run_tiny(recipe, tmp_path / "a")
+    count = iter(range(100))
+    original = Progress.on_step_end
+
+    def stop(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if next(count) in (2, 6):  # in the first task, then in the resumed second one
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "on_step_end", stop)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(recipe, tmp_path / "b", resume=resume)
+    again = run_tiny(recipe, tmp_path / "b", resume=True)
+    # TRL counts tokens from the resumed step on.
+    records = [
+        [{k: v for k, v in json.loads(line).items() if k != "num_tokens"} for line in path.open()]
+        for path in (tmp_path / "a/metrics.jsonl", tmp_path / "b/metrics.jsonl")
+    ]
+    assert records[0] == records[1]
+    assert again["scores"] == whole["scores"]
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> Path:
+    for task in ("one", "two"):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        rows = [{"prompt": f"say {i}:", "chosen": f" {task} {i}", "rejected": " no"} for i in range(16)]
+        (tmp_path / "data" / task / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "data"
+
+
+def test_preferences_in_a_stream_leave_no_reference_behind(
+    checkpoint: Path, preferences: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(checkpoint, preferences, adapter=LORA, algorithm="dpo", train={"max_steps": 2})
+    run_tiny(recipe, tmp_path / "run")
+    assert {task for task, _, _ in losses(tmp_path / "run")} == {"one", "two"}
+    assert not list((tmp_path / "run").rglob("ref"))
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+
+
+def test_preferences_with_stacked_adapters_are_refused(
+    checkpoint: Path, preferences: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(checkpoint, preferences, adapter={**LORA, "policy": "stacked"}, algorithm="dpo")
+    assert "train with an adapter of the policy 'shared'" in refused(recipe, tmp_path / "run")
+
+
+def test_items_that_do_not_fit_are_told(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": "x" * (900 if i == 0 else 10), "completion": " y"} for i in range(8)]
+    (tmp_path / "data/long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train = {"max_steps": 1, "max_length": 100}
+    result = run_tiny(tiny_recipe(checkpoint, tmp_path / "data", adapter=LORA, train=train), tmp_path / "run")
+    assert any("long: 1 of 8 training items are left out" in note for note in result["notes"])

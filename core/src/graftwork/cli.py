@@ -175,8 +175,11 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except KeyboardInterrupt:
         click.echo("interrupted; add --resume to go on", err=True)
         return 130
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return 2
+    except click.ClickException as error:
+        _tell(UserError(_sentence(error)), debug)
         return 2
     except UserError as error:
         _tell(error, debug)
@@ -184,6 +187,14 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except PluginError as error:
         _tell(error, debug)
         return 1
+
+
+def _sentence(error: click.ClickException) -> str:
+    """Return click's message about the words on the command line, in the form of our own."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    text = text[:1].lower() + text[1:]
+    return f"{text}; see `{context.command_path} --help`" if context else text
 
 
 def _tell(error: Exception, debug: bool) -> None:

@@ -97,6 +97,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Return where things made once are kept: ``GRAFTWORK_CACHE``, or a folder in the user's cache."""
+    named = os.environ.get("GRAFTWORK_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftwork"
+    return Path(named) if named else base
+
+
 # ---------------------------------------------------------------------- the sibling that is filled
 
 

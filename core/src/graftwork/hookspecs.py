@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import LogitsProcessor, PreTrainedModel, Trainer, TrainingArguments
 
+    from graftwork.data.layouts import Layout
     from graftwork.data.tasks import Task
     from graftwork.run import Run
 
@@ -191,9 +192,9 @@ class GraftworkHooks:
     # ---------------------------------------------------------------- data
 
     @hookspec
-    def data_sources(self, run: Run) -> Mapping[str, Callable[..., Any]] | None:
-        """Return ``{name: reader}``; a recipe then names data as ``<name>:<path>``.
+    def data_sources(self, run: Run) -> Mapping[str, Layout] | None:
+        """Return ``{name: layout}``; a recipe then names data as ``<name>:<path>``.
 
-        A reader takes a path and returns a list of :class:`graftwork.data.tasks.Task`. A name that
-        two plugins both use is refused.
+        A layout takes the path and returns ``{task name: reader}``; a reader takes nothing and returns
+        a :class:`graftwork.data.layouts.RawTask`. A name that is in use already is refused.
         """

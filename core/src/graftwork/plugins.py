@@ -18,6 +18,9 @@ from graftwork.hookspecs import ENTRY_POINT_GROUP, PROJECT, GraftworkHooks
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from graftwork.data.layouts import Layout
+    from graftwork.run import Run
+
 
 @dataclass(frozen=True)
 class PluginInfo:
@@ -185,6 +188,25 @@ class Plugins:
                 f"(hook {hook}) and a run has only one; leave one of them out"
             )
         return results[0] if results else None
+
+    def data_sources(self, run: Run) -> dict[str, Layout]:
+        """Return the data layouts that plugins bring, by name.
+
+        Raises:
+            UserError: a name is in use already.
+        """
+        from graftwork.data.layouts import LAYOUTS
+
+        owners, found = dict.fromkeys(LAYOUTS, "graftwork itself"), {}
+        for plugin, layouts in self.call("data_sources", run=run):
+            for name, layout in layouts.items():
+                if name in owners:
+                    raise UserError(
+                        f"plugin '{plugin}' names a data source '{name}' (hook data_sources), which {owners[name]} "
+                        f"has already; leave the plugin out"
+                    )
+                owners[name], found[name] = f"plugin '{plugin}'", layout
+        return found
 
     def versions(self) -> dict[str, dict[str, str]]:
         """Return distribution and version of every selected plugin, for the manifest."""

@@ -114,6 +114,9 @@ class Run:
             UserError: the directory holds a run and ``resume`` is off, or another run than this one,
                 or one made with other plugin versions and ``allow_other_versions`` is off.
         """
+        if not self.main:
+            # The main process may have written the manifest already; it refuses for all of them.
+            return
         path = self.directory / MANIFEST
         manifest = self.manifest()
         if path.exists():
@@ -139,9 +142,8 @@ class Run:
             return
         if self.directory.exists() and any(entry.name != ".lock" for entry in self.directory.iterdir()):
             raise UserError(f"'{self.directory}' is not empty and holds no run; name another --output")
-        if self.main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(path, manifest)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, manifest)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -17,6 +17,21 @@ MAX_NODES = 100_000
 
 KeyPath = tuple[int | str, ...]
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's words and numbers: ``save_strategy: no`` is the word, ``1e-4`` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?i:true|false)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 class Document:
@@ -64,7 +79,7 @@ def read(path: Path) -> Document:
 def parse(text: str, name: str) -> Document:
     """Parse YAML text; see :func:`read`."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -81,7 +96,7 @@ class _Reader:
         self.name = name
         self.lines: dict[KeyPath, int] = {}
         self.count = 0
-        self.constructor = yaml.SafeLoader("")
+        self.constructor = _Loader("")
 
     def convert(self, node: yaml.Node, path: KeyPath) -> Any:
         self.count += 1
@@ -127,7 +142,7 @@ class _Reader:
 def parse_value(text: str) -> Any:
     """Return the value that ``text`` has in YAML, as ``--set key=value`` writes it."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         return "" if node is None else _Reader("--set").convert(node, ())
     except yaml.YAMLError:
         return text

@@ -157,8 +157,8 @@ def test_the_penalty_is_there_from_the_second_task_on(finished: Path) -> None:
 
 
 def test_older_adapters_stay_as_they_are(finished: Path) -> None:
-    first = load_file(finished / "stages/01-fruit/model/fruit/adapter_model.safetensors")
-    later = load_file(finished / "stages/02-metal/model/fruit/adapter_model.safetensors")
+    first = load_file(finished / "stages/01-fruit/model/task-fruit/adapter_model.safetensors")
+    later = load_file(finished / "stages/02-metal/model/task-fruit/adapter_model.safetensors")
     assert first.keys() == later.keys()
     assert all(torch.equal(first[key], later[key]) for key in first)
     assert any(value.abs().sum() > 0 for key, value in first.items() if "lora_B" in key)
@@ -169,7 +169,7 @@ def test_the_exported_adapter_is_the_sum_of_the_stack(finished: Path) -> None:
     reference = tiny_model(dtype=torch.float64)
     weights = dict(reference.named_parameters())
     for name in ("fruit", "metal"):
-        values = load_file(finished / f"stages/02-metal/model/{name}/adapter_model.safetensors")
+        values = load_file(finished / f"stages/02-metal/model/task-{name}/adapter_model.safetensors")
         for key, a in values.items():
             if "lora_A" in key:
                 b = values[key.replace("lora_A", "lora_B")]
@@ -205,7 +205,7 @@ def test_the_penalty_keeps_new_directions_away_from_old_ones(
     overlaps = []
     for directory in (finished, tmp_path / "free"):
         old, new = (
-            load_file(directory / f"stages/02-metal/model/{name}/adapter_model.safetensors")
+            load_file(directory / f"stages/02-metal/model/task-{name}/adapter_model.safetensors")
             for name in ("fruit", "metal")
         )
         overlaps.append(sum((old[k] @ new[k].T).abs().sum().item() for k in old if "lora_A" in k))

@@ -6,6 +6,8 @@ import click
 
 from graftwork.plugins import discover, find, load_class, options_class
 
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
 
 def list_plugins() -> None:
     """Print one line per installed plugin, from metadata alone."""
@@ -39,11 +41,17 @@ def show_plugin(name: str) -> None:
     click.echo(f"recipes: {', '.join(recipes) or 'none'}")
     fields = options_class(plugin_class).model_fields
     click.echo("\noptions:" if fields else "\noptions: none")
-    width = max((len(field) for field in fields), default=0)
+    rows = []
     for field, details in fields.items():
-        default = (
-            "required" if details.is_required() else repr(details.get_default(call_default_factory=True))
+        default = details.get_default(call_default_factory=True)
+        shown = "required" if details.is_required() else repr(default)
+        bounds = ", ".join(
+            f"{sign} {getattr(bound, name)}"
+            for bound in details.metadata
+            for name, sign in _BOUNDS.items()
+            if hasattr(bound, name)
         )
-        bounds = ", ".join(str(bound) for bound in details.metadata)
-        about = details.description or ""
-        click.echo(f"  {field.ljust(width)}  {default:<12} {about}{f'  [{bounds}]' if bounds else ''}")
+        rows.append((field, shown, (details.description or "") + (f"  [{bounds}]" if bounds else "")))
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+    for field, shown, about in rows:
+        click.echo(f"  {field.ljust(widths[0])}  {shown.ljust(widths[1])}  {about}".rstrip())

@@ -17,6 +17,7 @@ from graftwork import expect
 from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
+from graftwork.plugins import find
 from graftwork.recipe import Recipe, expand
 from graftwork.recipes import locate
 from graftwork.yaml_lines import Document, read
@@ -74,12 +75,18 @@ def report(directory: str, markdown: bool) -> None:
 def _execute(
     recipe: Recipe, name: str, output: str | None, resume: bool, allow_other_versions: bool, dry_run: bool
 ) -> int:
+    for plugin in dict.fromkeys(plugin for spec in recipe.jobs for plugin in spec.job.plugins):
+        # Metadata only: a plugin that is not there is told at once, before torch is imported.
+        find(plugin)
     claims = [expect.parse(text, recipe.arms) for text in recipe.expect] if _complete(recipe) else []
     if dry_run:
+        from graftwork.train.job import quiet_libraries
         from graftwork.train.plan import dry_run as describe
 
-        for spec in recipe.jobs:
-            describe(spec)
+        quiet_libraries()
+        for arm in recipe.arms:
+            variants = [spec for spec in recipe.jobs if spec.arm == arm]
+            describe(variants[0], [spec.variant for spec in variants])
         return 0
     if resume and output is None:
         raise UserError("--resume needs --output: the directory of the run to go on with")

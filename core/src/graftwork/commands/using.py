@@ -35,6 +35,8 @@ def evaluate(
 
     if not data and not text:
         raise UserError("evaluate needs --data (tasks to score), --text (a text for its perplexity), or both")
+    if text and not Path(text).is_file():
+        raise UserError(f"text file '{text}' does not exist")
     settings = {"model": model, "data": data or "none", "evaluate": {"cells": "final"}}
     job = expand(Document(settings, {}, "evaluate"), sets=sets, plugins=plugins).jobs[0].job
     tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
@@ -92,9 +94,9 @@ def generate(
     model: str, prompt: str, plain: bool, plugins: Sequence[str], sets: Sequence[str], seed: int
 ) -> None:
     """Print a model's answer to one prompt."""
-    from transformers import GenerationConfig, set_seed
+    from transformers import set_seed
 
-    options = _generation_options(sets, set(GenerationConfig().to_dict()))
+    options = _generation_options(sets)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty; write something after --prompt")
@@ -116,9 +118,12 @@ def generate(
         click.echo(tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 
 
-def _generation_options(sets: Sequence[str], known: set[str]) -> dict[str, Any]:
+def _generation_options(sets: Sequence[str]) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
     from graftwork.errors import did_you_mean
 
+    known = set(GenerationConfig().to_dict())
     options: dict[str, Any] = {"max_new_tokens": 128, "do_sample": False}
     for item in sets:
         key, equals, value = item.partition("=")
@@ -127,6 +132,10 @@ def _generation_options(sets: Sequence[str], known: set[str]) -> dict[str, Any]:
                 f"--set {item}: transformers' generate has no option '{key}'{did_you_mean(key, known)}"
             )
         options[key] = parse_value(value)
+        try:
+            GenerationConfig(**{key: options[key]})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--set {item}: transformers' generate refuses it: {error}") from error
     return options
 
 

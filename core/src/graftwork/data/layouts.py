@@ -6,14 +6,16 @@ Every mistake in a file is told in one sentence with the file and the line or it
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graftwork.data.labels import label_problem
 from graftwork.errors import UserError, did_you_mean
+from graftwork.files import atomic_folder, cache_folder
 
 # What an item of each form must have; the first form whose keys are all there is the one meant.
 FORMS: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -28,6 +30,9 @@ FORMS: dict[str, dict[str, type | tuple[type, ...]]] = {
 # What may stand beside the keys of a form and is handed on to the trainer.
 EXTRAS = ("tools", "chat_template_kwargs")
 Readers = dict[str, Callable[[], "RawTask"]]
+Layout = Callable[[Path], Readers]
+
+TINY = "tiny"
 
 # MNLI's test file marks items without a gold label so; a normalised "-" would equal an empty answer.
 NO_GOLD = "-"
@@ -50,19 +55,23 @@ class RawTask:
     notes: list[str] = field(default_factory=list)
 
 
-def read_tasks(source: str, order: Sequence[str] | None = None) -> list[RawTask]:
+def read_tasks(
+    source: str, order: Sequence[str] | None = None, sources: Mapping[str, Layout] | None = None
+) -> list[RawTask]:
     """Return the tasks of ``source``, in ``order`` where given, else sorted by name.
 
     ``source`` is ``cl:olora:<folder>``, ``cl:trace:<folder>``, ``jsonl:<path>`` or a bare path, whose
-    layout is then found out. Only the files of the tasks in ``order`` are read.
+    layout is then found out; or ``tiny``, three generated tasks that a tiny model can learn. ``sources``
+    are further layouts by name, from plugins. Only the files of the tasks in ``order`` are read.
 
     Raises:
         UserError: a missing path, an unknown layout or task, or a mistake in a file.
     """
-    layout, path = _split(source)
+    layouts = {**LAYOUTS, **(sources or {})}
+    layout, path = _split(source, layouts)
     if not path.exists():
         raise UserError(f"data '{path}' does not exist; name a task folder or a JSONL file")
-    readers = LAYOUTS[layout](path)
+    readers = layouts[layout](path)
     if not readers:
         raise UserError(
             f"data '{path}' holds no tasks; expected <group>/<task>/{{train,labels}}.json, "
@@ -84,13 +93,15 @@ def read_tasks(source: str, order: Sequence[str] | None = None) -> list[RawTask]
 
 def task_names(source: str) -> list[str]:
     """Return the names of the tasks of ``source`` without reading their items."""
-    layout, path = _split(source)
+    layout, path = _split(source, LAYOUTS)
     return sorted(LAYOUTS[layout](path)) if path.exists() else []
 
 
-def _split(source: str) -> tuple[str, Path]:
+def _split(source: str, layouts: Mapping[str, Layout]) -> tuple[str, Path]:
     """Return the layout that ``source`` names, or the one that its files show, and the path."""
-    for layout in LAYOUTS:
+    if source == TINY:
+        return "cl:olora", _tiny()
+    for layout in layouts:
         if source.startswith(f"{layout}:"):
             return layout, _path(source.removeprefix(f"{layout}:"), source)
     if source.startswith("cl:"):
@@ -106,6 +117,18 @@ def _split(source: str) -> tuple[str, Path]:
     if path.is_dir() and (path / "train.json").exists():
         raise UserError(f"data '{path}' is the folder of one task; name the folder that holds the tasks")
     return "jsonl", path
+
+
+def _tiny() -> Path:
+    """Return the folder of the generated tasks, made the first time."""
+    from graftwork.testing.data import tiny_stream
+
+    folder = cache_folder() / "tiny-tasks-1"
+    if not folder.exists():
+        # Another process may be quicker; its folder is as good as ours.
+        with contextlib.suppress(FileExistsError), atomic_folder(folder) as building:
+            tiny_stream(building)
+    return folder
 
 
 def _path(text: str, source: str) -> Path:
@@ -192,7 +215,7 @@ def _named(readers: Iterable[tuple[Path, Callable[[], RawTask]]]) -> Readers:
     return {name: read for name, (_, read) in found.items()}
 
 
-LAYOUTS: dict[str, Callable[[Path], Readers]] = {
+LAYOUTS: dict[str, Layout] = {
     "cl:olora": _olora,
     "cl:trace": _trace,
     "jsonl": _jsonl,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from pyarrow import ArrowException
 
-from graftwork.data.layouts import RawTask, read_tasks
+from graftwork.data.layouts import Layout, RawTask, read_tasks
 from graftwork.data.options import DataOptions
 from graftwork.data.prompts import render
 from graftwork.data.tasks import Task
@@ -24,19 +24,23 @@ SCORED = ("classification", "completion", "chat")
 
 
 def build_stream(
-    options: DataOptions, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+    options: DataOptions,
+    *,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sources: Mapping[str, Layout] | None = None,
 ) -> list[Task]:
     """Return the tasks of ``options.source`` in their order, drawn with ``seed`` (or ``draw_seed``).
 
     Items are drawn plainly, without regard to their labels. ``tokenizer`` is needed for
     ``options.max_prompt_tokens`` only: where the stream is just checked or counted, leave it out and
-    prompts keep their length.
+    prompts keep their length. ``sources`` are the layouts that plugins bring.
 
     Raises:
         UserError: see :func:`graftwork.data.layouts.read_tasks`; also for too few items to cut a
             validation split from, refused overlaps, and prompts that cannot be cut to their limit.
     """
-    raw = read_tasks(options.source, options.order)
+    raw = read_tasks(options.source, options.order, sources)
     return [_task(task, index, len(raw), options, seed, tokenizer) for index, task in enumerate(raw)]
 
 
@@ -46,6 +50,7 @@ def held_out_tasks(
     *,
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    sources: Mapping[str, Layout] | None = None,
 ) -> list[Task]:
     """Return tasks of the same source that the stream does not train on.
 
@@ -59,7 +64,7 @@ def held_out_tasks(
                 f"evaluate.general.tasks names '{name}', which the stream trains on; leave it out of one"
             )
     chosen = options.model_copy(update={"order": list(names)})
-    tasks = build_stream(chosen, seed=seed, tokenizer=tokenizer)
+    tasks = build_stream(chosen, seed=seed, tokenizer=tokenizer, sources=sources)
     for task in tasks:
         if task.test is None:
             raise UserError(f"evaluate.general.tasks names '{task.name}', which has no test items")

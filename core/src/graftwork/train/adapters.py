@@ -108,6 +108,13 @@ class AdapterStack:
         if self.policy == "separate" and adapter_name(task_name) in self.names:
             self._activate([adapter_name(task_name)], trains=None)
 
+    def forget_others(self) -> None:
+        """Remove adapters that a trainer added for itself, such as DPO's reference."""
+        if self.adapter is None:
+            return
+        for name in [name for name in self.model.peft_config if name not in self.names]:
+            self.model.delete_adapter(name)
+
     def save(self, folder: Path) -> None:
         """Save all adapters (or the full model) below ``folder`` in Hugging Face formats."""
         self.model.save_pretrained(str(folder))
@@ -173,8 +180,8 @@ class AdapterStack:
 
 
 def adapter_name(task_name: str) -> str:
-    """Return a module-safe adapter name for a task (PyTorch forbids dots in module names)."""
-    return task_name.replace(".", "_")
+    """Return an adapter name for a task: no dots, which PyTorch forbids, and no part of a method's own prefix."""
+    return "task-" + task_name.replace(".", "_")
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

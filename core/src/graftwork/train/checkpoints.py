@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +51,15 @@ def load_plugin_states(run: Run, folder: Path) -> None:
 
 
 class MarkCheckpoints(TrainerCallback):
-    """After the Trainer has saved a checkpoint: add plugin state, then the marker that makes it count."""
+    """After the Trainer has saved a checkpoint: add plugin state, then the marker that makes it count.
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
+    The marker holds the place in ``metrics.jsonl`` and what ``so_far`` tells: the task, and the stream's scores.
+    """
+
+    def __init__(self, run: Run, trainer: Trainer, so_far: Callable[[], Mapping[str, Any]]) -> None:
         self.run = run
         self.trainer = trainer
+        self.so_far = so_far
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -65,17 +69,16 @@ class MarkCheckpoints(TrainerCallback):
         if self.run.main:
             # The Trainer pickles its arguments beside the weights; nothing ever reads that file.
             (folder / "training_args.bin").unlink(missing_ok=True)
-            write_json_atomic(
-                folder / MARKER, {"step": state.global_step, "events": self.run.events.position}
-            )
+            position = {"step": state.global_step, "events": self.run.events.position}
+            write_json_atomic(folder / MARKER, {**position, **self.so_far()})
 
 
-def latest_checkpoint(run: Run) -> tuple[Path, Mapping[str, Any]] | None:
-    """Return the newest complete checkpoint of the unfinished task, and remove incomplete ones."""
+def latest_checkpoint(run: Run, task: str) -> tuple[Path, Mapping[str, Any]] | None:
+    """Return the newest complete checkpoint of ``task``; remove incomplete ones and those of other tasks."""
     best: tuple[Path, Mapping[str, Any]] | None = None
     for folder in (run.stages / CURRENT).glob("checkpoint-*"):
         marker = read_json(folder / MARKER)
-        if marker is None:
+        if marker is None or marker.get("task") != task:
             if run.main:
                 shutil.rmtree(folder)
         elif best is None or marker["step"] > best[1]["step"]:

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Composition:
-    """What plugins add to one task's trainer, each part with the plugin it came from."""
+    """What plugins add to one task's trainer, each part with the plugin it came from.
+
+    ``observed`` is the run whose plugins want to see every batch, or None where no plugin does.
+    """
 
     terms: list[tuple[str, LossTerm]] = field(default_factory=list)
     transforms: list[tuple[str, GradientTransform]] = field(default_factory=list)
     factors: dict[str, float] = field(default_factory=dict)
-    run: Run | None = None
+    observed: Run | None = None
 
     @classmethod
     def collect(cls, run: Run, model: torch.nn.Module) -> Composition:
@@ -52,7 +55,8 @@ class Composition:
                 if name not in known:
                     raise PluginError(plugin, "learning_rate_factors", KeyError(f"no parameter '{name}'"))
                 factors[name] = factors.get(name, 1.0) * factor
-        return cls(terms, transforms, factors, run)
+        observed = run if run.plugins.implements("batch_begin") else None
+        return cls(terms, transforms, factors, observed)
 
 
 def _flat(results: Sequence[tuple[str, Sequence[Any]]]) -> list[tuple[str, Any]]:
@@ -80,7 +84,7 @@ class Composed(Trainer):
         self.composition = composition
         self._micro_batch = 0
         self._term_sums: dict[str, torch.Tensor] = {}
-        self._terms_logged_at = self.state.global_step
+        self._term_steps = 0
         if composition.transforms:
             self.add_callback(_AfterStep(composition))
 
@@ -94,11 +98,11 @@ class Composed(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         parts = self.composition
-        if not model.training or not (parts.terms or parts.run):
+        if not model.training or not (parts.terms or parts.observed):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         bare = self.accelerator.unwrap_model(model)
-        if parts.run is not None:
-            parts.run.plugins.call("batch_begin", run=parts.run, model=bare, batch=inputs)
+        if parts.observed is not None:
+            parts.observed.plugins.call("batch_begin", run=parts.observed, model=bare, batch=inputs)
         # Trainers pop and add keys while they compute; the terms see the batch as it came.
         batch = dict(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -114,6 +118,7 @@ class Composed(Trainer):
             self._micro_batch += 1
             return loss
         self._micro_batch = 0
+        self._term_steps += 1
         for plugin, transform in self.composition.transforms:
             if transform.before_step is not None:
                 _guarded(
@@ -168,8 +173,9 @@ class Composed(Trainer):
         return total
 
     def _mean_terms(self) -> dict[str, float]:
-        steps = max(self.state.global_step - self._terms_logged_at, 1)
-        self._terms_logged_at = self.state.global_step
+        # Not the difference of global steps: a resumed trainer learns its global step only in train().
+        steps = max(self._term_steps, 1)
+        self._term_steps = 0
         means = {}
         for name, value in self._term_sums.items():
             if self.args.world_size > 1:

@@ -69,7 +69,7 @@ def run_job(
         return dict(finished)
     plan = Plan.make(run)
     tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
-    tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer)
+    tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer, sources=plugins.data_sources(run))
     scores = Scores(run, tasks, tokenizer, console)
     with run.locked():
         run.open(resume=resume, allow_other_versions=allow_other_versions)
@@ -84,7 +84,7 @@ def check_job(spec: JobSpec) -> None:
     """
     run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
     Plan.make(run)
-    build_stream(spec.job.data, seed=spec.job.seed)
+    build_stream(spec.job.data, seed=spec.job.seed, sources=run.plugins.data_sources(run))
 
 
 def quiet_libraries() -> None:
@@ -145,9 +145,16 @@ class _Stream:
             trust_remote_code=model.trust_remote_code,
         ).to(arguments.device)
         self.stack = AdapterStack(self.plan.adapter, base, model.ref)
+        current = self.tasks[len(done)].name if len(done) < len(self.tasks) else ""
+        self.checkpoint = latest_checkpoint(self.run, current)
         if done:
             self._restore(done)
-        else:
+        if self.checkpoint:
+            _, marker = self.checkpoint
+            self.run.events.cut(marker["events"])
+            self.scores.restore(marker["scores"], marker["eval_seconds"])
+            self.train_seconds = marker["train_seconds"]
+        elif not done:
             self.run.events.cut(0)
             self.scores.before(self.stack)
         for task in self.tasks[len(done) :]:
@@ -161,17 +168,17 @@ class _Stream:
         trainer = self._trainer(task)
         self.run.plugins.call("task_begin", run=self.run, task=task, trainer=trainer)
         trainer.attach(Composition.collect(self.run, self.stack.model))
-        checkpoint = latest_checkpoint(self.run)
-        if checkpoint:
-            folder, marker = checkpoint
-            self.run.events.cut(marker["events"])
+        folder = None
+        if self.checkpoint:
+            (folder, marker), self.checkpoint = self.checkpoint, None
             load_plugin_states(self.run, folder)
             self.console.say(f"resuming {task.name} at step {marker['step']}")
         else:
             self.run.events.write("task", task=task.name, index=task.index)
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
-        self.train_seconds += time.perf_counter() - started
+        self.started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+        self.train_seconds += time.perf_counter() - self.started
+        self.stack.forget_others()
         self.steps = trainer.state.global_step
         self.run.plugins.call("task_end", run=self.run, task=task, trainer=trainer)
         self.trainable, self.total = count_parameters(self.stack.model)
@@ -188,19 +195,39 @@ class _Stream:
         trainer_class = compose(self.plan.algorithm.trainer)
         # The same seed for a task whether the run got here in one go or by resuming.
         set_seed(arguments.seed)
-        with _readable_data_errors(task):
+        with _readable_data_errors(task, self.stack.policy):
             trainer = trainer_class(
                 model=self.stack.model,
                 args=arguments,
                 train_dataset=dataset,
                 processing_class=self.tokenizer,
             )
+        self._tell_lost_items(task, len(dataset), len(trainer.train_dataset))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress(self.run, task, self.console))
-        trainer.add_callback(MarkCheckpoints(self.run, trainer))
+        trainer.add_callback(MarkCheckpoints(self.run, trainer, lambda: self._so_far(task)))
         self.stack.model = trainer.model
         return trainer
+
+    def _tell_lost_items(self, task: Task, given: int, kept: int) -> None:
+        """Say so where the trainer drops items: their prompts fill ``max_length``, nothing is left to learn."""
+        if kept < given and not self.job.train.get("packing"):
+            note = (
+                f"{task.name}: {given - kept} of {given} training items are left out, since their prompts fill "
+                f"train.max_length; raise it, or cut the prompts with data.max_words"
+            )
+            task.notes.append(note)
+            self.console.say(f"warning: {note}")
+
+    def _so_far(self, task: Task) -> dict[str, Any]:
+        """Return what a checkpoint inside ``task`` must remember of the stream."""
+        return {
+            "task": task.name,
+            "scores": self.scores.to_json(),
+            "eval_seconds": self.scores.seconds,
+            "train_seconds": self.train_seconds + time.perf_counter() - self.started,
+        }
 
     def _arguments(self, index: int) -> Any:
         return build_arguments(
@@ -246,7 +273,8 @@ class _Stream:
         record = read_json(done[-1] / STAGE)
         assert record is not None
         self.console.say(f"resuming after task {record['task']} ({len(done)} of {len(self.tasks)} done)")
-        self.run.events.cut(record["events"])
+        if self.checkpoint is None:
+            self.run.events.cut(record["events"])
         if self.plan.adapter is None:
             self._restore_full(done[-1])
         else:
@@ -301,11 +329,16 @@ def _barrier() -> None:
 
 
 @contextlib.contextmanager
-def _readable_data_errors(task: Task) -> Iterator[None]:
+def _readable_data_errors(task: Task, policy: str) -> Iterator[None]:
     """Turn what a trainer class says about columns it does not find into a sentence about the data."""
     try:
         yield
     except KeyError as error:
+        if error.args == ("default",) and policy != "shared":
+            raise UserError(
+                f"this trainer copies the adapter of the first task for its reference, which the policy "
+                f"'{policy}' does not keep; train with an adapter of the policy 'shared'"
+            ) from error
         columns = ", ".join(task.train.column_names)
         raise UserError(
             f"task '{task.name}': the trainer needs a column {error} that the data does not have "

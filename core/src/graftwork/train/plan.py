@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from graftwork.train.job import Plan
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def dry_run(spec: JobSpec) -> None:
-    """Resolve ``spec``, build its model on the meta device, inject its adapter, and print what came out."""
+def dry_run(spec: JobSpec, variants: Sequence[str] = ()) -> None:
+    """Resolve ``spec``, build its model on the meta device, inject its adapter, and print what came out.
+
+    ``variants`` are the seeds, orders and so on that the job will be run with.
+    """
     job = spec.job
     run = Run(Path(), job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
     plan = Plan.make(run)
@@ -33,7 +37,7 @@ def dry_run(spec: JobSpec) -> None:
             stack.begin(job.data.order[0] if job.data.order else "task", job.seed)
         model = stack.model
     trainable, total = count_parameters(model)
-    click.echo(f"\n{spec.arm}  {spec.variant}".rstrip())
+    click.echo(f"\n{spec.arm}")
     rows = [
         ("model", f"{job.model.ref}, {total - (trainable if plan.adapter else 0):,} parameters"),
         ("plugins", ", ".join(job.plugins) or "none"),
@@ -41,13 +45,15 @@ def dry_run(spec: JobSpec) -> None:
         ("adapter", _adapter(plan)),
         ("trainable", f"{trainable:,} parameters ({100 * trainable / total:.2f} %)"),
         *_memory(plan.meta, job.model.dtype, trainable, bool(plan.adapter), job.train),
-        ("steps", _steps(spec)),
+        ("steps", _steps(spec, run)),
     ]
     for plugin, options in job.plugins.items():
         resolved = run.plugins.objects[plugin]
         values = getattr(resolved, "options", None)
         shown = values.model_dump() if values is not None else options
         rows.append((f"options of {plugin}", ", ".join(f"{k}={v}" for k, v in shown.items()) or "none"))
+    if len(variants) > 1:
+        rows.append(("runs", f"{len(variants)}: {'; '.join(variants)}"))
     rows.append(("train fields", ", ".join(f"{k}={v}" for k, v in job.train.items()) or "all defaults"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -93,7 +99,7 @@ def _memory(
     return rows
 
 
-def _steps(spec: JobSpec) -> str:
+def _steps(spec: JobSpec, run: Run) -> str:
     train, data = spec.job.train, spec.job.data
     if int(train.get("max_steps", -1)) > 0:
         count = len(data.order or []) or 1
@@ -106,7 +112,7 @@ def _steps(spec: JobSpec) -> str:
         each = math.ceil(math.ceil(data.train_items / batch) * epochs)
         return f"at most {each} per task, {len(data.order)} tasks (from train_items; data not read)"
     try:
-        tasks = build_stream(data, seed=spec.job.seed)
+        tasks = build_stream(data, seed=spec.job.seed, sources=run.plugins.data_sources(run))
     except UserError:
         return "unknown: the data is not on this disk and neither max_steps nor train_items is given"
     steps = [math.ceil(math.ceil(len(task.train) / batch) * epochs) for task in tasks]

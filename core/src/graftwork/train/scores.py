@@ -42,7 +42,15 @@ class Scores:
         self.general_items: dict[str, dict[str, list[int]]] = {}
         wanted = self.options.general.tasks
         self.held_out = (
-            held_out_tasks(run.job.data, wanted, seed=run.seed, tokenizer=tokenizer) if wanted else []
+            held_out_tasks(
+                run.job.data,
+                wanted,
+                seed=run.seed,
+                tokenizer=tokenizer,
+                sources=run.plugins.data_sources(run),
+            )
+            if wanted
+            else []
         )
 
     def before(self, stack: AdapterStack) -> None:

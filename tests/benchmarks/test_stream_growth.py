@@ -1,0 +1,73 @@
+"""Time and memory per task must not grow with the number of tasks that came before.
+
+What a method stores per task may grow: SpaRTA's router keeps 8 more rows of A and K per branch, here 24 KiB
+a task, which the limits leave room for. Time is what the process computed between the ends of two tasks
+(trainer, tokenisation, steps, saving), in units of a fixed piece of work done right after it. Memory is the
+peak of the whole process since the last task, resident on a CPU, allocated on a GPU. Scores are taken only
+after the last task, since their number grows by design.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from graftwork.testing.data import tiny_stream
+from graftwork.testing.models import tiny_checkpoint
+from graftwork.testing.runs import call_trainer
+from installed import install
+
+pytestmark = pytest.mark.slow
+# SpaRTA's router needs 8 orthogonal rows per task, so 20 tasks need 160 dimensions.
+MODEL = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
+SETTINGS = {
+    "data": {"test_items": 2},
+    "train": {
+        "max_steps": 10,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+    },
+    "evaluate": {"cells": "final", "max_new_tokens": 1},
+}
+METHODS = {
+    "LoRA": {"adapter": {"peft_type": "LORA", "r": 10, "target_modules": "all-linear"}},
+    "SpaRTA": {"plugins": {"sparta": {}}},
+}
+
+
+def stream(method: str, tasks: int, folder: Path) -> list[dict[str, Any]]:
+    """Run a stream in a process of its own; return what the stopwatch noted after every task."""
+    data = tiny_stream(folder / "data", [f"task{number:02d}" for number in range(tasks)], train=40, test=2)
+    install(folder / "site", "stopwatch", "stopwatch:Stopwatch")
+    recipe = {**SETTINGS, **METHODS[method], "model": str(tiny_checkpoint(folder / "model", **MODEL))}
+    recipe["data"] = {**SETTINGS["data"], "source": str(data)}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    path = os.pathsep.join([str(folder / "site"), str(Path(__file__).parent)])
+    print(f"{method}: a stream of {tasks} tasks ...", file=sys.stderr)
+    done = call_trainer(
+        ["run", str(folder / "recipe.yaml"), "--plugin", "stopwatch", "--output", str(folder / "run")],
+        env={"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    (metrics,) = (folder / "run").rglob("metrics.jsonl")
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [event for event in events if event["event"] == "stopwatch"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_grows_with_the_stream(method: str, record: Any, tmp_path: Path) -> None:
+    """Compare the last quarter of a long stream with its first tasks and with a short stream."""
+    short, long = (stream(method, tasks, tmp_path / str(tasks)) for tasks in (5, 20))
+    # The first task is left out: it pays for starting up.
+    times = [event["seconds"] / event["fixed"] for event in long[1:]]
+    peaks = [[event["peak"] / 2**20 for event in noted] for noted in (short, long)]
+    last = f"{method}, tasks 16-20 of 20"
+    record("stream_time", (last, times[-5:]), ("tasks 2-6", times[:5]), limit=1.10, unit="x fixed work")
+    record("stream_memory", (last, peaks[1][-5:]), ("tasks 1-5 of 5", peaks[0]), limit=1.02, unit="MiB")

@@ -1,0 +1,78 @@
+"""Fixtures of the tests that cross distributions: a tiny checkpoint, a tiny stream, the command line."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from graftwork.cli import main
+from graftwork.testing.data import tiny_stream
+from graftwork.testing.models import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks, learned in the order colour, fruit."""
+    return tiny_stream(tmp_path_factory.mktemp("data") / "stream", ("fruit", "colour"), train=32, test=8)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of ``trainer`` came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def trainer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Call the command line in this process, from an empty folder ``tmp_path/cwd``."""
+    here = tmp_path / "cwd"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def call(*arguments: object) -> Outcome:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr("sys.argv", ["trainer", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        printed = capsys.readouterr()
+        return Outcome(int(caught.value.code or 0), printed.out, printed.err)
+
+    return call
+
+
+def _write_plugin(site: Path, name: str, module: str, code: str, target: str = "Plugin") -> None:
+    package = f"graftwork-{name}"
+    (site / f"{module}.py").write_text(code)
+    info = site / f"{package.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[graftwork.plugins]\n{name} = {module}:{target}\n")
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Install a plugin for one test: ``install(name, module, code)``, found like any other."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def call(name: str, module: str, code: str, target: str = "Plugin") -> None:
+        _write_plugin(site, name, module, code, target)
+        importlib.invalidate_caches()
+
+    yield call
+    importlib.invalidate_caches()
