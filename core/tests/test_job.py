@@ -262,3 +262,6 @@ def test_items_that_do_not_fit_are_told(checkpoint: Path, stream: Path, tmp_path
     train = {"max_steps": 1, "max_length": 100}
     result = run_tiny(tiny_recipe(checkpoint, tmp_path / "data", adapter=LORA, train=train), tmp_path / "run")
     assert any("long: 1 of 8 training items are left out" in note for note in result["notes"])
+    train["max_length"] = 5
+    recipe = tiny_recipe(checkpoint, tmp_path / "data", adapter=LORA, train=train)
+    assert "has no training item whose prompt is shorter" in refused(recipe, tmp_path / "none")

@@ -212,6 +212,11 @@ class _Stream:
 
     def _tell_lost_items(self, task: Task, given: int, kept: int) -> None:
         """Say so where the trainer drops items: their prompts fill ``max_length``, nothing is left to learn."""
+        if kept == 0:
+            raise UserError(
+                f"task '{task.name}' has no training item whose prompt is shorter than train.max_length; raise it, "
+                f"or cut the prompts with data.max_words"
+            )
         if kept < given and not self.job.train.get("packing"):
             note = (
                 f"{task.name}: {given - kept} of {given} training items are left out, since their prompts fill "
