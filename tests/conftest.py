@@ -11,6 +11,7 @@ import pytest
 from graftwork.cli import main
 from graftwork.testing.data import tiny_stream
 from graftwork.testing.models import tiny_checkpoint
+from graftwork.testing.packages import install_plugin
 
 
 @pytest.fixture(scope="session")
@@ -54,15 +55,6 @@ def trainer(
     return call
 
 
-def _write_plugin(site: Path, name: str, module: str, code: str, target: str = "Plugin") -> None:
-    package = f"graftwork-{name}"
-    (site / f"{module}.py").write_text(code)
-    info = site / f"{package.replace('-', '_')}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[graftwork.plugins]\n{name} = {module}:{target}\n")
-
-
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Install a plugin for one test: ``install(name, module, code)``, found like any other."""
@@ -71,7 +63,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     monkeypatch.syspath_prepend(str(site))
 
     def call(name: str, module: str, code: str, target: str = "Plugin") -> None:
-        _write_plugin(site, name, module, code, target)
+        install_plugin(site, name, f"{module}:{target}", code)
         importlib.invalidate_caches()
 
     yield call

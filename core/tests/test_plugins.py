@@ -8,18 +8,7 @@ from pathlib import Path
 import pytest
 from graftwork import PluginError, UserError, hookimpl
 from graftwork.plugins import Plugins, construct, discover, find
-
-
-def install(
-    site: Path, name: str, module: str, code: str, version: str = "1.0", package: str | None = None
-) -> None:
-    """Put a plugin distribution into a site directory, as an installer would."""
-    package = package or f"graftwork-{name}"
-    (site / f"{module}.py").write_text(code)
-    info = site / f"{package.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text(f"[graftwork.plugins]\n{name} = {module}:Plugin\n")
+from graftwork.testing.packages import install_plugin
 
 
 @pytest.fixture
@@ -44,13 +33,13 @@ class Plugin:
 
 
 def test_discovery_reads_metadata_and_runs_no_code(site: Path) -> None:
-    install(site, "loud", "loud_plugin", "raise SystemExit('imported')")
+    install_plugin(site, "loud", "loud_plugin:Plugin", "raise SystemExit('imported')")
     info = discover()["loud"]
     assert (info.distribution, info.version) == ("graftwork-loud", "1.0")
 
 
 def test_construct_validates_options(site: Path) -> None:
-    install(site, "good", "good_plugin", GOOD)
+    install_plugin(site, "good", "good_plugin:Plugin", GOOD)
     assert construct("good", {"strength": 1}).options.strength == 1.0
     for options, said in (
         ({"strenght": 1}, "plugin 'good': unknown option 'strenght' (did you mean 'strength'?)"),
@@ -63,7 +52,7 @@ def test_construct_validates_options(site: Path) -> None:
 
 
 def test_unknown_plugin_names_the_package_to_install(site: Path) -> None:
-    install(site, "good", "good_plugin2", GOOD)
+    install_plugin(site, "good", "good_plugin2:Plugin", GOOD)
     with pytest.raises(UserError) as caught:
         find("goood")
     assert "pip install graftwork-goood" in str(caught.value)
@@ -71,7 +60,7 @@ def test_unknown_plugin_names_the_package_to_install(site: Path) -> None:
 
 
 def test_a_plugin_whose_import_fails_is_named(site: Path) -> None:
-    install(site, "broken", "broken_plugin", "import a_module_that_is_not_there")
+    install_plugin(site, "broken", "broken_plugin:Plugin", "import a_module_that_is_not_there")
     with pytest.raises(UserError) as caught:
         construct("broken", {})
     assert "plugin 'broken' (package graftwork-broken 1.0) cannot be imported" in str(caught.value)
@@ -79,14 +68,14 @@ def test_a_plugin_whose_import_fails_is_named(site: Path) -> None:
 
 
 def test_an_entry_point_that_is_no_class_is_refused(site: Path) -> None:
-    install(site, "odd", "odd_plugin", "Plugin = 3")
+    install_plugin(site, "odd", "odd_plugin:Plugin", "Plugin = 3")
     with pytest.raises(UserError, match="where a class is expected"):
         construct("odd", {})
 
 
 def test_two_packages_with_the_same_plugin_are_refused(site: Path) -> None:
-    install(site, "twin", "twin_a", GOOD)
-    install(site, "twin", "twin_b", GOOD, package="graftwork-twin-two")
+    install_plugin(site, "twin", "twin_a:Plugin", GOOD)
+    install_plugin(site, "twin", "twin_b:Plugin", GOOD, package="graftwork-twin-two")
     with pytest.raises(UserError, match="offered by two installed packages"):
         discover()
 
@@ -139,7 +128,9 @@ def test_a_hook_that_does_not_exist_is_refused() -> None:
 
 
 def test_options_of_a_plugin_without_any_must_be_empty(site: Path) -> None:
-    install(site, "bare", "bare_plugin", "class Plugin:\n    def __init__(self, options): pass\n")
+    install_plugin(
+        site, "bare", "bare_plugin:Plugin", "class Plugin:\n    def __init__(self, options): pass\n"
+    )
     construct("bare", {})
     with pytest.raises(UserError, match="unknown option 'x'"):
         construct("bare", {"x": 1})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installed import install
+from graftwork.testing.packages import install_plugin
 from measured import in_pairs
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def seconds(command: list[str], environment: dict[str, str]) -> float:
 @pytest.mark.parametrize("dummies", [0, 200])
 def test_startup(verb: str, dummies: int, record: Any, tmp_path: Path) -> None:
     for number in range(dummies):
-        install(tmp_path, f"dummy-{number}", f"dummy_{number}:Dummy")
+        install_plugin(tmp_path, f"dummy-{number}", f"dummy_{number}:Dummy")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     plugins = len(importlib.metadata.entry_points(group="graftwork.plugins")) + dummies
     command = [TRAINER, *verb.split()]

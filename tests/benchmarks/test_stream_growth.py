@@ -19,8 +19,8 @@ import pytest
 import yaml
 from graftwork.testing.data import tiny_stream
 from graftwork.testing.models import tiny_checkpoint
+from graftwork.testing.packages import install_plugin
 from graftwork.testing.runs import call_trainer
-from installed import install
 
 pytestmark = pytest.mark.slow
 # SpaRTA's router needs 8 orthogonal rows per task, so 20 tasks need 160 dimensions.
@@ -45,7 +45,7 @@ METHODS = {
 def stream(method: str, tasks: int, folder: Path) -> list[dict[str, Any]]:
     """Run a stream in a process of its own; return what the stopwatch noted after every task."""
     data = tiny_stream(folder / "data", [f"task{number:02d}" for number in range(tasks)], train=40, test=2)
-    install(folder / "site", "stopwatch", "stopwatch:Stopwatch")
+    install_plugin(folder / "site", "stopwatch", "stopwatch:Stopwatch")
     recipe = {**SETTINGS, **METHODS[method], "model": str(tiny_checkpoint(folder / "model", **MODEL))}
     recipe["data"] = {**SETTINGS["data"], "source": str(data)}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
