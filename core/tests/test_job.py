@@ -265,3 +265,14 @@ def test_items_that_do_not_fit_are_told(checkpoint: Path, stream: Path, tmp_path
     train["max_length"] = 5
     recipe = tiny_recipe(checkpoint, tmp_path / "data", adapter=LORA, train=train)
     assert "has no training item whose prompt is shorter" in refused(recipe, tmp_path / "none")
+
+
+def test_the_tiny_model_and_tasks_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    recipe = tiny_recipe("tiny-random", "tiny", adapter=LORA, train={"max_steps": 1})
+    assert run_tiny(recipe, tmp_path / "a")["order"] == ["colour", "fruit", "metal"]
+    made = sorted((tmp_path / "cache").iterdir())
+    stamps = [path.stat().st_mtime_ns for path in made]
+    run_tiny(recipe, tmp_path / "b")
+    assert [path.stat().st_mtime_ns for path in made] == stamps
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")

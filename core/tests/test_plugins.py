@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from graftwork import PluginError, UserError, hookimpl
+from graftwork.data.layouts import RawTask
+from graftwork.data.options import DataOptions
+from graftwork.data.stream import build_stream
 from graftwork.plugins import Plugins, construct, discover, find
 from graftwork.testing.packages import install_plugin
 
@@ -134,3 +137,35 @@ def test_options_of_a_plugin_without_any_must_be_empty(site: Path) -> None:
     construct("bare", {})
     with pytest.raises(UserError, match="unknown option 'x'"):
         construct("bare", {"x": 1})
+
+
+class Source:
+    """A plugin that reads data of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @hookimpl
+    def data_sources(self, run):
+        def layout(path: Path):
+            rows = [{"prompt": line, "completion": " x"} for line in path.read_text().splitlines()]
+            return {"lines": lambda: RawTask("lines", "completion", rows)}
+
+        return {self.name: layout}
+
+
+def test_a_plugin_reads_data_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("a\nb\n")
+    sources = Plugins({"reader": Source("notes")}).data_sources(None)
+    options = DataOptions(source=f"notes:{tmp_path / 'notes.txt'}")
+    (task,) = build_stream(options, seed=0, sources=sources)
+    assert (task.name, task.train["prompt"]) == ("lines", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("plugins", "owner"),
+    [({"b": Source("jsonl")}, "graftwork itself"), ({"a": Source("n"), "b": Source("n")}, "plugin 'a'")],
+)
+def test_a_data_source_has_one_owner(plugins: dict, owner: str) -> None:
+    with pytest.raises(UserError, match=rf"plugin 'b' names a data source .*, which {owner} has already"):
+        Plugins(plugins).data_sources(None)

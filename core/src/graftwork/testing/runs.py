@@ -25,7 +25,7 @@ TINY_TRAIN = {
 }
 
 
-def tiny_recipe(model: Path, data: Path | str, **settings: Any) -> Recipe:
+def tiny_recipe(model: Path | str, data: Path | str, **settings: Any) -> Recipe:
     """Return a recipe of one short job; ``settings`` are further top-level keys, ``train`` merges."""
     train = {**TINY_TRAIN, **settings.pop("train", {})}
     source = data if isinstance(data, dict) else {"source": str(data)}
