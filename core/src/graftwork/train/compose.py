@@ -85,6 +85,7 @@ class Composed(Trainer):
         self._micro_batch = 0
         self._term_sums: dict[str, torch.Tensor] = {}
         self._term_steps = 0
+        self._unwrapped: tuple[Any, Any] = (None, None)
         if composition.transforms:
             self.add_callback(_AfterStep(composition))
 
@@ -100,7 +101,7 @@ class Composed(Trainer):
         parts = self.composition
         if not model.training or not (parts.terms or parts.observed):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        bare = self.accelerator.unwrap_model(model)
+        bare = self._bare(model)
         if parts.observed is not None:
             parts.observed.plugins.call("batch_begin", run=parts.observed, model=bare, batch=inputs)
         # Trainers pop and add keys while they compute; the terms see the batch as it came.
@@ -125,7 +126,7 @@ class Composed(Trainer):
                     plugin,
                     "transform_gradients",
                     transform.before_step,
-                    self.accelerator.unwrap_model(self.model),
+                    self._bare(cast(Any, self.model)),
                 )
         return loss
 
@@ -150,6 +151,12 @@ class Composed(Trainer):
     ) -> None:
         with keep_adapter_activity(model or cast(Any, self.model)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _bare(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return ``model`` without what distributes it; looked up once, since that walks all modules."""
+        if self._unwrapped[0] is not model:
+            self._unwrapped = (model, self.accelerator.unwrap_model(model))
+        return self._unwrapped[1]
 
     # ------------------------------------------------------------------ loss terms
 

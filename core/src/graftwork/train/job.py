@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import disable_progress_bars
@@ -202,7 +202,7 @@ class _Stream:
                 train_dataset=dataset,
                 processing_class=self.tokenizer,
             )
-        self._tell_lost_items(task, len(dataset), len(trainer.train_dataset))
+        self._tell_lost_items(task, len(dataset), len(cast(Any, trainer.train_dataset)))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress(self.run, task, self.console))
