@@ -61,6 +61,8 @@ def test_a_stream_grows_freezes_and_saves(checkpoint: Path, whole: Path, batch) 
     for event in events(whole, "log"):
         assert event["loss/orth"] > 0
         assert event["loss/components"] >= 0
+    assert [event["task"] for event in events(whole, "gates")] == result["order"]
+    assert all(0 < event["mean_from_1"] <= event["most"] < 1 for event in events(whole, "gates"))
     first, second = (load_file(stage / "model" / ADAPTER) for stage in sorted((whole / "stages").iterdir()))
     compared = 0
     for key, old in second.items():

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from graftwork_sparta.config import SpartaConfig
 from graftwork_sparta.losses import branch_overlap, component_overlap
-from graftwork_sparta.model import freeze_new, grow, prompt_context
+from graftwork_sparta.model import freeze_new, gate_values, grow, prompt_context
 from graftwork_sparta.restore import Restoration
 
 if TYPE_CHECKING:
@@ -165,6 +165,10 @@ class Sparta:
     @hookimpl
     def task_end(self, run: Run, task: Task, trainer: Trainer) -> None:
         freeze_new(trainer.model)
+        if self.options.router != "off":
+            # How far the gates of the last batch are from doing nothing, for whoever asks what the router does.
+            away = (gate_values(trainer.model) - 1).abs()
+            run.events.write("gates", task=task.name, mean_from_1=away.mean().item(), most=away.max().item())
 
     @hookimpl
     def save_state(self, run: Run) -> Mapping[str, torch.Tensor] | None:
