@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OUT ?= .demo
+OUT := .demo
 
 # uv does not read pip's own settings; where pip knows extra wheels, hand them on.
 LINKS = $${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null)}}
@@ -46,6 +46,7 @@ lint: $(VENV)/.ready
 # Measured comparisons with peers: prints tables, writes CSV to tests/benchmarks/results/.
 bench: $(VENV)/.model
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m slow -s --no-header
+
 # The papers' claims at the size `small`; hours on a CPU.
 claims: $(VENV)/.model
 	@$(BIN)/trainer run sparta:claim --size small
