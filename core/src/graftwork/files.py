@@ -104,6 +104,16 @@ def cache_folder() -> Path:
     return Path(named) if named else base
 
 
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder ``name`` of the cache, filled by ``make`` the first time."""
+    folder = cache_folder() / name
+    if not folder.exists():
+        # Another process may be quicker; its folder is as good as ours.
+        with contextlib.suppress(FileExistsError), atomic_folder(folder) as building:
+            make(building)
+    return folder
+
+
 # ---------------------------------------------------------------------- the sibling that is filled
 
 

@@ -7,7 +7,6 @@ Weights are read from safetensors and GGUF only. A checkpoint that exists only a
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, cache_folder, sha256
+from graftwork.files import atomic_folder, cache_folder, made_once, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -214,12 +213,7 @@ def _with_adapter(
 def _tiny() -> Path:
     from graftwork.testing.models import tiny_checkpoint
 
-    folder = cache_folder() / f"{TINY}-1"
-    if not folder.exists():
-        # Another process may be quicker; its folder is as good as ours.
-        with contextlib.suppress(FileExistsError), atomic_folder(folder) as building:
-            tiny_checkpoint(building, num_hidden_layers=4)
-    return folder
+    return made_once(f"{TINY}-1", lambda folder: tiny_checkpoint(folder, num_hidden_layers=4))
 
 
 # ---------------------------------------------------------------------- GGUF

@@ -6,7 +6,6 @@ Every mistake in a file is told in one sentence with the file and the line or it
 from __future__ import annotations
 
 import codecs
-import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 from graftwork.data.labels import label_problem
 from graftwork.errors import UserError, did_you_mean
-from graftwork.files import atomic_folder, cache_folder
+from graftwork.files import made_once
 
 # What an item of each form must have; the first form whose keys are all there is the one meant.
 FORMS: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -123,12 +122,7 @@ def _tiny() -> Path:
     """Return the folder of the generated tasks, made the first time."""
     from graftwork.testing.data import tiny_stream
 
-    folder = cache_folder() / "tiny-tasks-1"
-    if not folder.exists():
-        # Another process may be quicker; its folder is as good as ours.
-        with contextlib.suppress(FileExistsError), atomic_folder(folder) as building:
-            tiny_stream(building)
-    return folder
+    return made_once("tiny-tasks-1", tiny_stream)
 
 
 def _path(text: str, source: str) -> Path:
