@@ -5,12 +5,20 @@ first job that needs them.
 """
 
 from graftwork.errors import PluginError, UserError
-from graftwork.hookspecs import Adapter, GradientTransform, LossTerm, TrainingAlgorithm, hookimpl
+from graftwork.hookspecs import (
+    Adapter,
+    AreaChart,
+    GradientTransform,
+    LossTerm,
+    TrainingAlgorithm,
+    hookimpl,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AreaChart",
     "GradientTransform",
     "LossTerm",
     "PluginError",

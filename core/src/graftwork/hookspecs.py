@@ -18,9 +18,11 @@ named with ``--plugin``. A hook is optional; the ones that a plugin does not imp
 
 Order of the calls in a training run::
 
-    check -> [weights are loaded] -> adapter_config -> load_state (when resuming) ->
+    check -> task_stream -> [weights are loaded] -> adapter_config -> load_state (when resuming) ->
     per task:  training_data -> task_begin -> loss_terms, transform_gradients, learning_rate_factors
-               -> (batch_begin, training)* -> task_end -> save_state -> evaluation
+               -> load_state (when resuming inside the task)
+               -> (batch_begin, training)* -> task_end -> evaluation -> save_state
+    -> charts
 """
 
 from __future__ import annotations
@@ -105,6 +107,21 @@ class TrainingAlgorithm:
     config: type[TrainingArguments]
 
 
+@dataclass(frozen=True)
+class AreaChart:
+    """What a method has used up, for the report: stacked areas over the layers, one band per task.
+
+    ``parts[task][layer]`` is what that task added to ``layer``, as a share (0 to 1) of what the layer has;
+    the bands of one layer sum to at most 1 and the rest is ``rest``, what is still free.
+    """
+
+    title: str
+    caption: str
+    layers: Sequence[str]
+    parts: Mapping[str, Sequence[float]]
+    rest: str = "free"
+
+
 class GraftworkHooks:
     """The hook specifications. ``run`` is a :class:`graftwork.run.Run` everywhere."""
 
@@ -154,6 +171,14 @@ class GraftworkHooks:
     # ---------------------------------------------------------------- task stream
 
     @hookspec
+    def task_stream(self, run: Run, tasks: Sequence[Task]) -> Sequence[Task] | None:
+        """Return the stream to train on instead of ``tasks``, or None; same number, names and test items.
+
+        Called once, after the data was read; applied in ``--plugin`` order. This is where a method sees
+        all tasks at once, as no method that learns them one after another may.
+        """
+
+    @hookspec
     def training_data(self, run: Run, task: Task, dataset: Dataset) -> Dataset | None:
         """Return another data set to train ``task`` on (columns as given), or None.
 
@@ -178,6 +203,10 @@ class GraftworkHooks:
     @hookspec
     def load_state(self, run: Run, state: Mapping[str, torch.Tensor]) -> None:
         """Take back what :meth:`save_state` returned. Every plugin gets only its own state."""
+
+    @hookspec
+    def charts(self, run: Run) -> Sequence[AreaChart] | None:
+        """Return what the report shows of the method itself. Called once, after the last task."""
 
     # ---------------------------------------------------------------- generation
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
 from graftwork.plugins import Plugins
@@ -67,6 +68,7 @@ class Run:
         plugins: the plugins of this run.
         events: the record of what happened; ``run.events.write("name", key=value)``.
         rank, world_size: of this process.
+        console: lines and progress bars for the user; silent in all processes but the main one.
     """
 
     directory: Path
@@ -74,6 +76,7 @@ class Run:
     plugins: Plugins = field(default_factory=Plugins)
     rank: int = 0
     world_size: int = 1
+    console: Console = field(default_factory=lambda: Console(enabled=False))
 
     def __post_init__(self) -> None:
         self.events = Events(self.directory / METRICS, main=self.main)

@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from graftwork.data.labels import normalise
+from graftwork.distributed import gather_objects, rank_and_world
 from graftwork.errors import UserError
 from graftwork.evaluate.modes import evaluating
 
@@ -68,7 +69,7 @@ def score_task(
     rows: list[dict[str, Any]] = task.test.to_list()
     gold = [row.get("label") or _text(row["completion"]) for row in rows]
     same = normalise if task.labels else _collapsed
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     answers = generate_answers(
         model,
         tokenizer,
@@ -202,12 +203,6 @@ def _collapsed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _share(total: int, rank: int, world: int) -> list[int]:
     """Return the items of this process, the same number everywhere.
 
@@ -219,8 +214,5 @@ def _share(total: int, rank: int, world: int) -> list[int]:
 
 
 def _gathered(answers: list[str], total: int, world: int) -> list[str]:
-    if world == 1:
-        return answers
-    shares: list[list[str]] = [[] for _ in range(world)]
-    torch.distributed.all_gather_object(shares, answers)
+    shares = gather_objects(answers)
     return [shares[index % world][index // world] for index in range(total)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftwork.data.layouts import read_tasks
+from graftwork.data.texts import text_windows
 from graftwork.errors import UserError
 from graftwork.evaluate.modes import evaluating
 
@@ -41,12 +41,7 @@ def perplexity(
         raise UserError(
             f"a perplexity window of {window} tokens does not fit the model's window of {longest}"
         )
-    # Long texts are tokenised whole on purpose; the warning about the model's window does not apply.
-    ids = torch.tensor(tokenizer(_read(path), verbose=False)["input_ids"], dtype=torch.long)
-    count = min(len(ids) // window, max_windows or len(ids))
-    if count == 0:
-        raise UserError(f"text file '{path}' has {len(ids)} tokens, fewer than one window of {window}")
-    rows = ids[: count * window].reshape(count, window)
+    rows = text_windows(path, tokenizer, window, max_windows)
     total = 0.0
     with evaluating(model):
         for batch in rows.split(batch_size):
@@ -57,20 +52,6 @@ def perplexity(
             ).item()
             if progress:
                 progress(len(batch))
-    tokens = count * (window - 1)
+    tokens = len(rows) * (window - 1)
     mean = total / tokens
     return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "nll": mean, "tokens": tokens}
-
-
-def _read(path: Path) -> str:
-    if path.suffix == ".jsonl":
-        task = read_tasks(f"jsonl:{path}")[0]
-        if task.form != "text":
-            raise UserError(f"text file '{path}': its items are of the form '{task.form}', not 'text'")
-        return "\n\n".join(item["text"] for item in task.train)
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"text file '{path}' does not exist") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"text file '{path}' cannot be read as UTF-8 text: {error}") from None

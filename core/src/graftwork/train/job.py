@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import time
@@ -21,7 +22,8 @@ from graftwork import memory
 from graftwork.console import Console
 from graftwork.data.stream import build_stream
 from graftwork.data.tasks import Task
-from graftwork.errors import UserError
+from graftwork.distributed import barrier
+from graftwork.errors import PluginError, UserError
 from graftwork.files import atomic_folder, write_json_atomic
 from graftwork.hookspecs import TrainingAlgorithm
 from graftwork.models import build_meta, load_model, load_tokenizer
@@ -62,7 +64,7 @@ def run_job(
     job = spec.job
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     plugins = Plugins.from_options(job.plugins, where=f"{spec.where}: ")
-    run = Run(directory, job, plugins, rank, world)
+    run = Run(directory, job, plugins, rank, world, console)
     finished = read_json(run.result_path)
     if finished is not None and resume:
         run.open(resume=True, allow_other_versions=allow_other_versions)
@@ -70,6 +72,7 @@ def run_job(
     plan = Plan.make(run)
     tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
     tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer, sources=plugins.data_sources(run))
+    tasks = arranged(run, tasks)
     scores = Scores(run, tasks, tokenizer, console)
     with run.locked():
         run.open(resume=resume, allow_other_versions=allow_other_versions)
@@ -92,6 +95,23 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
+
+
+def arranged(run: Run, tasks: list[Task]) -> list[Task]:
+    """Return the stream as the plugins want it (hook task_stream).
+
+    Raises:
+        PluginError: a plugin returned other tasks, which would not fill the same score matrix.
+    """
+    names = [task.name for task in tasks]
+    for plugin in run.plugins.implements("task_stream"):
+        chosen = run.plugins.call_on(plugin, "task_stream", run=run, tasks=tasks)
+        if chosen is None:
+            continue
+        if [task.name for task in chosen] != names:
+            raise PluginError(plugin, "task_stream", ValueError("it returned other tasks, or another order"))
+        tasks = list(chosen)
+    return tasks
 
 
 class Plan:
@@ -180,8 +200,9 @@ class _Stream:
         self.train_seconds += time.perf_counter() - self.started
         self.stack.forget_others()
         self.steps = trainer.state.global_step
-        self.run.plugins.call("task_end", run=self.run, task=task, trainer=trainer)
+        # Counted now: at a task's end a method may freeze or fold away what it has trained.
         self.trainable, self.total = count_parameters(self.stack.model)
+        self.run.plugins.call("task_end", run=self.run, task=task, trainer=trainer)
         # The stage holds everything from here on; optimizer state goes with the trainer.
         trainer.accelerator.free_memory()
         self.scores.after(task.index, self.stack)
@@ -189,8 +210,11 @@ class _Stream:
 
     def _trainer(self, task: Task) -> Any:
         dataset = task.train
-        for _, replaced in self.run.plugins.call("training_data", run=self.run, task=task, dataset=dataset):
-            dataset = replaced
+        for plugin in self.run.plugins.implements("training_data"):
+            replaced = self.run.plugins.call_on(
+                plugin, "training_data", run=self.run, task=task, dataset=dataset
+            )
+            dataset = dataset if replaced is None else replaced
         arguments = self._arguments(task.index)
         trainer_class = compose(self.plan.algorithm.trainer)
         # The same seed for a task whether the run got here in one go or by resuming.
@@ -272,7 +296,7 @@ class _Stream:
                 shutil.rmtree(previous / "model", ignore_errors=True)
         else:
             self.run.plugins.call("save_state", run=self.run)
-        _barrier()
+        barrier()
 
     def _restore(self, done: list[Path]) -> None:
         record = read_json(done[-1] / STAGE)
@@ -313,6 +337,11 @@ class _Stream:
             "plugins": self.job.plugins,
             "order": [task.name for task in self.tasks],
             "notes": [note for task in self.tasks for note in task.notes],
+            "charts": [
+                dataclasses.asdict(chart)
+                for _, charts in self.run.plugins.call("charts", run=self.run)
+                for chart in charts
+            ],
             **self.scores.result(),
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
@@ -324,13 +353,8 @@ class _Stream:
         }
         if self.run.main:
             write_json_atomic(self.run.result_path, result)
-        _barrier()
+        barrier()
         return result
-
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,172 @@
+"""What a method learns about a task's data besides training on it: batches in a fixed order, moments, losses.
+
+A method that keeps statistics of its tasks (covariances of layer inputs, importance of parameters, relevance
+of neurons) collects them in ``task_begin`` or ``task_end``. These helpers make every such pass alike: items in
+the order of the data set, each process its share, no shuffling, no dropout, no trace left on the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from graftwork.distributed import rank_and_world, sum_over_ranks
+from graftwork.errors import UserError
+from graftwork.evaluate.modes import evaluating
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from graftwork.console import Console
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def task_batches(
+    trainer: Trainer,
+    *,
+    items: int | None = None,
+    batch_size: int = 8,
+    console: Console | None = None,
+    label: str = "statistics",
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the trainer's own tokenised training data in its fixed order, collated and on its device.
+
+    The first ``items`` items (all where None) are dealt over the processes, so that no item counts twice.
+    ``console`` shows a bar named ``label``.
+    """
+    dataset = cast(Any, trainer.train_dataset)
+    total = len(dataset) if items is None else min(items, len(dataset))
+    rank, world = rank_and_world()
+    mine = range(rank, total, world)
+    bar = console.bar(len(mine), label) if console else None
+    try:
+        for start in range(0, len(mine), batch_size):
+            rows = [dataset[index] for index in mine[start : start + batch_size]]
+            batch = trainer.data_collator(rows)
+            yield {
+                key: value.to(trainer.args.device)
+                for key, value in batch.items()
+                if isinstance(value, torch.Tensor)
+            }
+            if bar is not None:
+                bar.update(len(rows))
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def attended(batch: Batch) -> torch.Tensor:
+    """Return which tokens of ``input_ids`` (b x l) are no padding, as booleans."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def answer_losses(model: nn.Module, batch: Batch, reduction: Literal["mean", "sum"] = "mean") -> torch.Tensor:
+    """Return each item's own negative log-likelihood (b), in fp32, over its answer tokens (labels not -100).
+
+    ``mean`` is per answer token of the item, ``sum`` the log-probability of the whole answer. Items are
+    independent of each other, so the gradient of the sum is every item's own gradient. An item without
+    answer tokens has loss 0.
+    """
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    encoder_decoder = bool(getattr(cast(Any, model).config, "is_encoder_decoder", False))
+    labels = batch["labels"]
+    if encoder_decoder:
+        logits = model(**inputs, labels=labels).logits
+    else:
+        logits, labels = model(**inputs, use_cache=False).logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    per_item = losses.view_as(labels).sum(1)
+    if reduction == "sum":
+        return per_item
+    return per_item / (labels != -100).sum(1).clamp_min(1)
+
+
+@dataclass
+class Moment:
+    """The uncentred second moment of one layer's input: ``matrix`` = sum of x x^T (d x d), over ``tokens``."""
+
+    matrix: torch.Tensor
+    tokens: int
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Return (1/n) sum x x^T."""
+        return self.matrix / max(self.tokens, 1)
+
+
+def second_moments(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Moment]:
+    """Return the second moment of the input of each of ``modules`` over ``batches``, by the same names.
+
+    Padding tokens do not count; the processes' shares are added up. The products are taken and summed in
+    ``dtype`` on the module's device. The model is put into eval mode for the pass, without gradients.
+
+    Raises:
+        UserError: a moment is not finite; the name of the layer is in the sentence.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+    mask = torch.empty(0)
+
+    def see(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x_ND = args[0].detach()[mask].to(dtype)
+            if name in sums:
+                sums[name].addmm_(x_ND.T, x_ND)
+            else:
+                sums[name] = x_ND.T @ x_ND
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(see(name)) for name, module in modules.items()]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                mask = attended(batch)
+                tokens += int(mask.sum())
+                model(**_without_logits(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not tokens and rank_and_world()[1] == 1:
+        raise UserError("there is no data to take second moments of; the task has no training items")
+    device = next(model.parameters()).device
+    count = int(sum_over_ranks(torch.tensor(tokens, device=device)))
+    found = {}
+    for name, module in modules.items():
+        width = int(cast(Any, module).in_features) if name not in sums else len(sums[name])
+        own = sums.pop(name) if name in sums else torch.zeros(width, width, dtype=dtype, device=device)
+        matrix = sum_over_ranks(own)
+        if not torch.isfinite(matrix).all():
+            raise UserError(
+                f"the inputs of layer '{name}' are not finite numbers on this task's data; lower "
+                f"'learning_rate', or load the model with dtype float32"
+            )
+        found[name] = Moment(matrix, count)
+    return found
+
+
+def _without_logits(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the inputs of a forward pass whose logits nobody reads, so that as few as possible are made."""
+    inputs: dict[str, Any] = {
+        key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch
+    }
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base.config, "is_encoder_decoder", False):
+        return {**inputs, "labels": batch["labels"]}
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    return {**inputs, "use_cache": False}
