@@ -24,14 +24,16 @@ from graftwork.data.stream import build_stream
 from graftwork.data.tasks import Task
 from graftwork.distributed import barrier
 from graftwork.errors import PluginError, UserError
+from graftwork.evaluate.perplexity import check_model
 from graftwork.files import atomic_folder, write_json_atomic
 from graftwork.hookspecs import TrainingAlgorithm
 from graftwork.models import build_meta, load_model, load_tokenizer
 from graftwork.plugins import Plugins
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
+from graftwork.train import deepspeed
 from graftwork.train.adapters import AdapterStack, choose, count_parameters
-from graftwork.train.algorithms import algorithm, build_arguments, check_fields
+from graftwork.train.algorithms import algorithm, build_arguments, check_fields, check_pairing
 from graftwork.train.checkpoints import (
     CURRENT,
     STAGE,
@@ -44,6 +46,7 @@ from graftwork.train.checkpoints import (
     stage_folder,
 )
 from graftwork.train.compose import Composition, compose
+from graftwork.train.interference import Updates
 from graftwork.train.progress import Progress
 from graftwork.train.scores import Scores
 
@@ -130,8 +133,13 @@ class Plan:
         from_plugin = run.plugins.call_one("training_algorithm", "a training algorithm", run=run)
         chosen = from_plugin[1] if from_plugin else algorithm(run.job.algorithm)
         check_fields(chosen.config, run.job.train)
+        deepspeed.check(run.job.train)
         model = run.job.model
         meta = build_meta(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
+        if not from_plugin:
+            check_pairing(run.job.algorithm, meta.config, run.job.data)
+        if run.job.evaluate.general.text:
+            check_model(meta.config)
         return cls(run, chosen, choose(run, meta), meta)
 
 
@@ -150,7 +158,10 @@ class _Stream:
         self.scores = scores
         self.tokenizer = scores.tokenizer
         self.train_seconds = 0.0
+        self.statistics_seconds = 0.0
         self.state_bytes = 0
+        self.adapter_bytes = 0
+        self.updates = Updates(self.job.evaluate.interference)
 
     def execute(self) -> dict[str, Any]:
         memory.reset_peak()
@@ -174,6 +185,7 @@ class _Stream:
             self.run.events.cut(marker["events"])
             self.scores.restore(marker["scores"], marker["eval_seconds"])
             self.train_seconds = marker["train_seconds"]
+            self.updates.reason = marker["no_interference"]
         elif not done:
             self.run.events.cut(0)
             self.scores.before(self.stack)
@@ -185,13 +197,17 @@ class _Stream:
 
     def _learn(self, task: Task) -> None:
         self.stack.begin(task.name, self.run.seed + task.index)
+        self.updates.begin(self.stack.model)
         trainer = self._trainer(task)
-        self.run.plugins.call("task_begin", run=self.run, task=task, trainer=trainer)
+        with self._statistics():
+            self.run.plugins.call("task_begin", run=self.run, task=task, trainer=trainer)
         trainer.attach(Composition.collect(self.run, self.stack.model))
         folder = None
         if self.checkpoint:
             (folder, marker), self.checkpoint = self.checkpoint, None
             load_plugin_states(self.run, folder)
+            # The pass before the first step was in it already.
+            self.statistics_seconds = marker["statistics_seconds"]
             self.console.say(f"resuming {task.name} at step {marker['step']}")
         else:
             self.run.events.write("task", task=task.name, index=task.index)
@@ -202,11 +218,20 @@ class _Stream:
         self.steps = trainer.state.global_step
         # Counted now: at a task's end a method may freeze or fold away what it has trained.
         self.trainable, self.total = count_parameters(self.stack.model)
-        self.run.plugins.call("task_end", run=self.run, task=task, trainer=trainer)
+        with self._statistics():
+            self.run.plugins.call("task_end", run=self.run, task=task, trainer=trainer)
+        self.updates.end(self.stack.model)
         # The stage holds everything from here on; optimizer state goes with the trainer.
         trainer.accelerator.free_memory()
         self.scores.after(task.index, self.stack)
         self._write_stage(task)
+
+    @contextlib.contextmanager
+    def _statistics(self) -> Iterator[None]:
+        """Count the time that methods take around a task, such as for passes over its data."""
+        started = time.perf_counter()
+        yield
+        self.statistics_seconds += time.perf_counter() - started
 
     def _trainer(self, task: Task) -> Any:
         dataset = task.train
@@ -256,6 +281,8 @@ class _Stream:
             "scores": self.scores.to_json(),
             "eval_seconds": self.scores.seconds,
             "train_seconds": self.train_seconds + time.perf_counter() - self.started,
+            "statistics_seconds": self.statistics_seconds,
+            "no_interference": self.updates.reason,
         }
 
     def _arguments(self, index: int) -> Any:
@@ -274,18 +301,23 @@ class _Stream:
         if self.run.main:
             with atomic_folder(folder) as building:
                 self.stack.save(building / "model")
+                self.adapter_bytes = self._adapter_bytes(building / "model")
                 self.state_bytes = save_plugin_states(self.run, building)
+                self.updates.save(building)
                 record = {
                     "task": task.name,
                     "index": task.index,
                     "adapters": self.stack.names,
                     "events": self.run.events.position,
                     "train_seconds": self.train_seconds,
+                    "statistics_seconds": self.statistics_seconds,
                     "eval_seconds": self.scores.seconds,
                     "steps": self.steps,
                     "trainable": self.trainable,
                     "total": self.total,
                     "state_bytes": self.state_bytes,
+                    "adapter_bytes": self.adapter_bytes,
+                    "no_interference": self.updates.reason,
                     "scores": self.scores.to_json(),
                 }
                 write_json_atomic(building / STAGE, record)
@@ -297,6 +329,12 @@ class _Stream:
         else:
             self.run.plugins.call("save_state", run=self.run)
         barrier()
+
+    def _adapter_bytes(self, folder: Path) -> int:
+        """Return the size of all adapters that a stage keeps; 0 where it keeps the whole model."""
+        if self.plan.adapter is None:
+            return 0
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
     def _restore(self, done: list[Path]) -> None:
         record = read_json(done[-1] / STAGE)
@@ -311,8 +349,10 @@ class _Stream:
         load_plugin_states(self.run, done[-1])
         self.scores.restore(record["scores"], record["eval_seconds"])
         self.train_seconds = record["train_seconds"]
+        self.statistics_seconds = record["statistics_seconds"]
         self.steps, self.trainable, self.total = record["steps"], record["trainable"], record["total"]
-        self.state_bytes = record["state_bytes"]
+        self.state_bytes, self.adapter_bytes = record["state_bytes"], record["adapter_bytes"]
+        self.updates.reason = record["no_interference"]
 
     def _restore_full(self, stage: Path) -> None:
         model = load_model(
@@ -336,17 +376,20 @@ class _Stream:
             "seed": self.job.seed,
             "plugins": self.job.plugins,
             "order": [task.name for task in self.tasks],
-            "notes": [note for task in self.tasks for note in task.notes],
+            "notes": [note for task in self.tasks for note in task.notes] + self.updates.notes(),
             "charts": [
                 dataclasses.asdict(chart)
                 for _, charts in self.run.plugins.call("charts", run=self.run)
                 for chart in charts
             ],
+            **self.updates.result([stage_folder(self.run, task.index, task.name) for task in self.tasks]),
             **self.scores.result(),
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
             "extra_state_bytes": self.state_bytes,
+            "adapter_bytes": self.adapter_bytes,
             "train_seconds": round(self.train_seconds, 3),
+            "statistics_seconds": round(self.statistics_seconds, 3),
             "peak_memory_bytes": memory.peak_bytes(),
             "steps": self.steps,
             "output": output.name,
