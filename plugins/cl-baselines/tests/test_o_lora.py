@@ -14,7 +14,8 @@ import torch
 from graftwork import UserError
 from graftwork.testing.models import tiny_model
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
-from graftwork_cl_baselines.o_lora import OLora, OLoraOptions, factors, norm, norms, orthogonality
+from graftwork_cl_baselines.o_lora import OLora, OLoraOptions, norm, norms, orthogonality
+from graftwork_cl_baselines.stacked import Factors, factors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -86,9 +87,9 @@ def test_only_the_new_adapter_gets_a_gradient(form: str) -> None:
 
 def test_orthogonal_rows_cost_nothing() -> None:
     basis = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0].float()
-    pairs = [([basis[:2], basis[2:4]], basis[4:6], torch.zeros(8, 2))]
+    pairs = [Factors([basis[:2], basis[2:4]], basis[4:6], torch.zeros(8, 2))]
     assert orthogonality(pairs).item() == pytest.approx(0, abs=1e-5)
-    assert orthogonality([([basis[:2]], 3 * basis[:2], torch.zeros(8, 2))]).item() == pytest.approx(
+    assert orthogonality([Factors([basis[:2]], 3 * basis[:2], torch.zeros(8, 2))]).item() == pytest.approx(
         6, rel=1e-5
     )
 
