@@ -150,8 +150,8 @@ def test_a_damaged_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
 def test_an_encoder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    assert "is a t5 model, which is no causal language model" in refused(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert "is a vit model, which is neither a causal language model nor" in refused(folder)
 
 
 def test_the_bundled_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,10 +54,10 @@ def cli(debug: bool) -> None:
 @click.option("--data", required=True, metavar="SOURCE", help="Task folder, JSONL file, or <layout>:<path>.")
 @click.option(
     "--algorithm",
-    type=click.Choice(["sft", "dpo", "grpo", "trainer"]),
+    type=click.Choice(["sft", "dpo", "grpo", "seq2seq", "trainer"]),
     default="sft",
     show_default=True,
-    help="TRL's SFT, DPO or GRPO trainer, or transformers' own.",
+    help="TRL's SFT, DPO or GRPO trainer; transformers' Seq2SeqTrainer for encoder-decoders; or its own Trainer.",
 )
 @_plugin
 @_set

@@ -1,5 +1,7 @@
 """Model references: a hub id, a folder, a run, a GGUF file, the bundled ``smollm2-135m``, or ``tiny-random``.
 
+What they lead to is a causal language model, or an encoder-decoder that writes text (such as T5).
+
 ``tiny-random`` is a random model of four layers with a byte-level tokenizer, for tests and smoke runs.
 
 Weights are read from safetensors and GGUF only. A checkpoint that exists only as a pickle is refused.
@@ -73,19 +75,17 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | Any:
-    """Load a causal language model (with its adapter, where ``ref`` is one) onto the CPU.
+    """Load a language model (with its adapter, where ``ref`` is one) onto the CPU.
 
     Raises:
         UserError: see :func:`resolve`; also for broken weights, an unreachable hub, an encoder.
     """
-    from transformers import AutoModelForCausalLM
-
     source = resolve(ref)
     if source.adapter:
         return _with_adapter(source, dtype, attn_implementation, trust_remote_code)
     config = load_config(ref, trust_remote_code=trust_remote_code)
     with _sentences(ref):
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(config).from_pretrained(
             source.path,
             config=config,
             dtype=dtype,
@@ -113,10 +113,9 @@ def load_config(ref: str, *, inline: dict[str, Any] | None = None, trust_remote_
     """Return the model's config: ``inline`` (with its ``model_type``) where given, else the checkpoint's.
 
     Raises:
-        UserError: no config to be had, or one of a model that is no causal language model.
+        UserError: no config to be had, or one of a model that writes no text.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if inline is not None:
         fields = dict(inline)
@@ -131,9 +130,22 @@ def load_config(ref: str, *, inline: dict[str, Any] | None = None, trust_remote_
             return load_config(_adapter_config(source)["base_model_name_or_path"])
         with _sentences(ref):
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-    if not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"model '{ref}' is a {config.model_type} model, which is no causal language model")
+    if not trust_remote_code and type(config) not in auto_class(config)._model_mapping:
+        kinds = "neither a causal language model nor an encoder-decoder that writes text"
+        raise UserError(f"model '{ref}' is a {config.model_type} model, which is {kinds}")
     return config
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Return whether prompts go to an encoder of their own, which the decoder of the answer looks at."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' Auto class for a model that writes text."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def build_meta(
@@ -141,11 +153,10 @@ def build_meta(
 ) -> PreTrainedModel:
     """Return the model on the meta device: shapes and modules, no weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = load_config(ref, inline=inline, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 # ---------------------------------------------------------------------- folders and adapters

@@ -12,9 +12,19 @@ import torch
 from graftwork.data.texts import text_windows
 from graftwork.errors import UserError
 from graftwork.evaluate.modes import evaluating
+from graftwork.models import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def check_model(config: Any) -> None:
+    """Raise ``UserError`` where perplexity has no meaning for a model of this config."""
+    if is_encoder_decoder(config):
+        raise UserError(
+            f"perplexity on a text is that of a causal language model, and {config.model_type} is an "
+            f"encoder-decoder; score it on tasks instead"
+        )
 
 
 def perplexity(
@@ -34,8 +44,10 @@ def perplexity(
     fp32. Figures compare only within one file, window and tokenizer.
 
     Raises:
-        UserError: the file is missing, not UTF-8, or shorter than one window; or the model's own window is.
+        UserError: the file is missing, not UTF-8, or shorter than one window; or the model's own window is;
+            or the model is an encoder-decoder.
     """
+    check_model(model.config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and window > longest:
         raise UserError(

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from graftwork.models import auto_class
 
 SPECIALS = ["<pad>", "<bos>", "<eos>"]
 CHAT_TEMPLATE = (
@@ -26,6 +27,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_WIDE, "num_key_value_heads": 2, "sliding_window": None},
     "qwen2": {**_WIDE, "num_key_value_heads": 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48},
+    "t5": {
+        "d_model": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "d_kv": 8,
+        "d_ff": 48,
+        "decoder_start_token_id": 0,
+        # Positions are relative: there is no window.
+        "max_position_embeddings": None,
+    },
 }
 
 
@@ -46,7 +57,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
-    """Return a random model of ``kind`` (llama, mistral, qwen2, gpt2); ``changes`` go to its config."""
+    """Return a random model of ``kind`` (llama, mistral, qwen2, gpt2, t5); ``changes`` go to its config."""
     settings = {
         "vocab_size": len(SPECIALS) + 256,
         "max_position_embeddings": 1024,
@@ -59,7 +70,7 @@ def tiny_model(
     config = AutoConfig.for_model(kind, **settings)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = auto_class(config).from_config(config).to(dtype)
     torch.random.set_rng_state(state)
     return model.eval()
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from graftwork.errors import UserError, did_you_mean
 from graftwork.hookspecs import Adapter
+from graftwork.models import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from graftwork.run import Run
 
 POLICIES = ("shared", "stacked", "separate")
+# By whether the model is an encoder-decoder.
+TASK_TYPES = {False: TaskType.CAUSAL_LM, True: TaskType.SEQ_2_SEQ_LM}
 
 
 def choose(run: Run, model: PreTrainedModel) -> Adapter | None:
@@ -45,6 +48,9 @@ def choose(run: Run, model: PreTrainedModel) -> Adapter | None:
         adapter = from_fields(written)
     else:
         return None
+    # Plugins and recipes write configs for any model; which of PEFT's wrappers fits is the model's own matter.
+    if adapter.config.task_type in (None, *TASK_TYPES.values()):
+        adapter.config.task_type = TASK_TYPES[is_encoder_decoder(model.config)]
     return adapter
 
 
@@ -69,7 +75,6 @@ def from_fields(fields: Mapping[str, Any]) -> Adapter:
             raise UserError(
                 f"adapter.{key}: {config_class.__name__} has no field '{key}'{did_you_mean(key, names)}"
             )
-    fields.setdefault("task_type", "CAUSAL_LM")
     try:
         return Adapter(config_class(**fields), policy)
     except (ValueError, TypeError) as error:

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+from graftwork.data.options import DataOptions
 from graftwork.errors import UserError, did_you_mean
 from graftwork.hookspecs import TrainingAlgorithm
+from graftwork.models import is_encoder_decoder
+from graftwork.train.seq2seq import PromptSeq2SeqTrainer
 
 # Decided by the run itself: where it writes, what it repeats, whom it tells.
 RESERVED = {
@@ -25,13 +28,35 @@ RESERVED = {
 
 
 def algorithm(name: str) -> TrainingAlgorithm:
-    """Return the trainer and config class behind ``algorithm: sft|dpo|grpo|trainer``."""
+    """Return the trainer and config class behind ``algorithm: sft|dpo|grpo|seq2seq|trainer``."""
     if name == "trainer":
         return TrainingAlgorithm(Trainer, TrainingArguments)
+    if name == "seq2seq":
+        return TrainingAlgorithm(PromptSeq2SeqTrainer, Seq2SeqTrainingArguments)
     import trl
 
     prefix = name.upper()
     return TrainingAlgorithm(getattr(trl, f"{prefix}Trainer"), getattr(trl, f"{prefix}Config"))
+
+
+def check_pairing(name: str, config: Any, data: DataOptions) -> None:
+    """Refuse an algorithm that is for other models or prompts than those of ``config`` and ``data``.
+
+    Raises:
+        UserError: an encoder-decoder with one of TRL's trainers, ``seq2seq`` with a decoder or with chats.
+    """
+    if is_encoder_decoder(config) and name not in ("seq2seq", "trainer"):
+        raise UserError(
+            f"algorithm '{name}' trains causal language models, and the model is an encoder-decoder "
+            f"({config.model_type}); use algorithm: seq2seq"
+        )
+    if name == "seq2seq" and not is_encoder_decoder(config):
+        raise UserError(
+            f"algorithm 'seq2seq' trains encoder-decoders, and the model is a causal language model "
+            f"({config.model_type}); use algorithm: sft"
+        )
+    if name == "seq2seq" and data.prompt == "chat":
+        raise UserError("algorithm 'seq2seq' takes prompts and answers as text; set data.prompt to plain")
 
 
 def check_fields(config: type[TrainingArguments], fields: Mapping[str, Any]) -> dict[str, Any]:

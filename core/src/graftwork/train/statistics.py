@@ -112,18 +112,21 @@ def second_moments(
     """Return the second moment of the input of each of ``modules`` over ``batches``, by the same names.
 
     Padding tokens do not count; the processes' shares are added up. The products are taken and summed in
-    ``dtype`` on the module's device. The model is put into eval mode for the pass, without gradients.
+    ``dtype`` on the module's device. The model is put into eval mode for the pass, without gradients. In an
+    encoder-decoder the tokens are those of the prompt in the encoder, and wherever the decoder reads what the
+    encoder made; elsewhere in the decoder they are those of the answer.
 
     Raises:
         UserError: a moment is not finite; the name of the layer is in the sentence.
     """
     sums: dict[str, torch.Tensor] = {}
-    tokens = 0
-    mask = torch.empty(0)
+    tokens = dict.fromkeys(modules, 0)
+    reads = _Reads(model)
 
     def see(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x_ND = args[0].detach()[mask].to(dtype)
+            x_ND = args[0].detach()[reads.mask(module, args[0])].to(dtype)
+            tokens[name] += len(x_ND)
             if name in sums:
                 sums[name].addmm_(x_ND.T, x_ND)
             else:
@@ -135,18 +138,17 @@ def second_moments(
     try:
         with evaluating(model):
             for batch in batches:
-                mask = attended(batch)
-                tokens += int(mask.sum())
+                reads.begin(batch)
                 model(**_without_logits(model, batch))
     finally:
-        for handle in handles:
+        for handle in [*handles, *reads.handles]:
             handle.remove()
-    if not tokens and rank_and_world()[1] == 1:
+    if not reads.tokens and rank_and_world()[1] == 1:
         raise UserError("there is no data to take second moments of; the task has no training items")
     device = next(model.parameters()).device
-    count = int(sum_over_ranks(torch.tensor(tokens, device=device)))
+    counts = sum_over_ranks(torch.tensor([*tokens.values()], device=device)).tolist()
     found = {}
-    for name, module in modules.items():
+    for count, (name, module) in zip(counts, modules.items(), strict=True):
         width = int(cast(Any, module).in_features) if name not in sums else len(sums[name])
         own = sums.pop(name) if name in sums else torch.zeros(width, width, dtype=dtype, device=device)
         matrix = sum_over_ranks(own)
@@ -157,6 +159,34 @@ def second_moments(
             )
         found[name] = Moment(matrix, count)
     return found
+
+
+class _Reads:
+    """Which tokens of the batch at hand the input of a module stands for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        self.tokens = 0
+        self.handles: list[Any] = []
+        self.encoder: set[nn.Module] | None = None
+        if getattr(base.config, "is_encoder_decoder", False):
+            encoder = base.get_encoder()
+            self.encoder = set(encoder.modules())
+            self.handles.append(encoder.register_forward_hook(self._encoded))
+
+    def begin(self, batch: Batch) -> None:
+        self.source = attended(batch)
+        self.tokens += int(self.source.sum())
+        if self.encoder is not None:
+            self.answer = batch["labels"] != -100
+
+    def _encoded(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.states: torch.Tensor = output[0]
+
+    def mask(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        # Prompts and answers can be of one length, so only the tensor itself tells what cross-attention reads.
+        of_prompt = self.encoder is None or module in self.encoder or x.data_ptr() == self.states.data_ptr()
+        return self.source if of_prompt else self.answer
 
 
 def _without_logits(model: nn.Module, batch: Batch) -> dict[str, Any]:
