@@ -67,6 +67,9 @@ class EvaluateOptions(BaseModel):
     )
     batch_size: int = Field(25, ge=1, description="prompts per generate call")
     max_new_tokens: int = Field(8, ge=1, description="longest answer, in tokens")
+    interference: bool = Field(
+        True, description="keep a sketch of every task's update, for the cosines between them"
+    )
     general: GeneralOptions = Field(default_factory=lambda: GeneralOptions.model_validate({}))
 
 
