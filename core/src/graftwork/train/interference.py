@@ -45,7 +45,8 @@ def fold(matrix: torch.Tensor, name: str, side: int = SIDE) -> torch.Tensor:
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(seed)
     rows = _fold_rows(matrix.float(), generator, side)
-    return _fold_rows(rows.T, generator, side).T.cpu().contiguous()
+    # A copy: what is small enough to stay as it is must not change with the weights.
+    return _fold_rows(rows.T, generator, side).T.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _fold_rows(matrix: torch.Tensor, generator: torch.Generator, side: int) -> torch.Tensor:
