@@ -125,7 +125,8 @@ def second_moments(
 
     def see(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x_ND = args[0].detach()[reads.mask(module, args[0])].to(dtype)
+            # Some models lay batch and tokens into one dimension before they reach a layer.
+            x_ND = args[0].detach().flatten(0, -2)[reads.mask(module, args[0]).flatten()].to(dtype)
             tokens[name] += len(x_ND)
             if name in sums:
                 sums[name].addmm_(x_ND.T, x_ND)
