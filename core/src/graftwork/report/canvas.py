@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import matplotlib as mpl
@@ -22,6 +23,8 @@ INK, FAINT, GRID, PAPER = "#1b1f24", "#5f6874", "#dfe3e8", "#fefefe"
 # After Okabe and Ito: eight colours that people with any colour vision tell apart.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#2a2a2a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.4, 1.2, 1.4)))
+"""Line styles, one for every round through the colours."""
 VARIABLES = {
     INK: "--ink",
     FAINT: "--faint",
@@ -52,6 +55,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
     "axes.formatter.useoffset": False,
+    "hatch.linewidth": 0.35,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": FAINT,
@@ -85,9 +89,29 @@ def grid(panels: int, across: int, width: float, height: float, **shared: Any) -
     return figure, axes[:panels]
 
 
-def series(arm_number: int) -> tuple[str, str]:
-    """Return colour and marker of an arm by its place among all arms."""
-    return SERIES[arm_number % len(SERIES)], MARKERS[arm_number % len(MARKERS)]
+@dataclass(frozen=True)
+class Look:
+    """What tells an arm from the others in every figure of a page."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+
+def series(arm_number: int) -> Look:
+    """Return the look of an arm by its place among all arms.
+
+    From the ninth on colours come again, with another marker and another line.
+    """
+    turn, place = divmod(arm_number, len(SERIES))
+    return Look(SERIES[place], MARKERS[(place + 3 * turn) % len(MARKERS)], DASHES[turn % len(DASHES)])
+
+
+def readable_on(colour: Sequence[float]) -> str:
+    """Return the text colour of more contrast on ``colour`` (relative luminance after WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#0a0a0a" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
 
 
 def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:

@@ -18,12 +18,13 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: any
 h2 { font-size: 1.25rem; margin: 2.8rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line);
   overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
+h4 { font-size: .95rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
 p { margin: .3rem 0 .7rem; max-width: 48rem; overflow-wrap: anywhere; }
 .sub, figcaption, .note { color: var(--faint); font-size: .9rem; }
 nav { margin: .9rem 0 0; font-size: .9rem; } nav a { display: inline-block; margin-right: 1rem; }
 a { color: var(--series-1); text-underline-offset: .15em; }
 .headline { font-size: 1.15rem; font-weight: 600; margin: 1.4rem 0 .6rem; }
-.scroll { overflow-x: auto; margin: .4rem 0; }
+.scroll { overflow-x: auto; margin: .4rem 0; } .scroll + .scroll { margin-top: 1.6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .34rem .55rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
@@ -48,7 +49,7 @@ pre { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem; whit
   overflow-wrap: anywhere; margin: .4rem 0; }
 @media (max-width: 44rem) { body { padding-top: 1.2rem; font-size: 15px; } figure svg { min-width: 40rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
-  figure, tr, pre { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  figure, tr, pre { break-inside: avoid; } h2, h3, h4 { break-after: avoid; }
   .scroll, figure { overflow: visible; }
   .chip { border: 1px solid currentColor; } details::details-content { content-visibility: visible; } }
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.files import write_text_atomic
-from graftwork.report import plots
+from graftwork.report import areas, cosines, plots
 from graftwork.report.css import CSS
 from graftwork.report.summary import (
     Cells,
@@ -27,8 +27,15 @@ from graftwork.report.summary import (
 )
 from graftwork.report.words import clean, clean_lines, count, mebibytes, percent, seconds, short
 
+FEW_TASKS = 6
+HEAT_MAPS = (6, 16)
+"""Arms per figure of matrices, of many and of few tasks."""
+
 SHOWN_ORDERS = 3
 """Task orders whose figures stand open on the page; those of the others are folded."""
+
+WIDEST = 12
+"""Columns of the comparison that fit the page side by side."""
 
 _VERDICTS = {
     "held": ("held", "✓"),
@@ -45,7 +52,9 @@ _MEANINGS = {
     "unseen": "Unseen: accuracy on tasks that were never trained.",
     "invalid": "Invalid: answers that are no label of the task.",
     "trained": "Trained: parameters that are trained.",
-    "state": "State: what the method keeps between tasks.",
+    "adapter": "Adapter: all adapters that are kept, as files.",
+    "state": "State: what the method keeps between tasks besides.",
+    "statistics": "Statistics: time of the method before and after a task, such as passes over its data.",
     "peak": "Peak: most memory used at once.",
 }
 _UNITS = {"%", "points", "s", "MiB"}
@@ -80,6 +89,8 @@ class _Page:
             ("comparison", "Comparison", self.comparison()),
             ("scores", "Accuracy on every task, after every task", self.scores()),
             ("curves", "Forgetting, task by task", self.curves()),
+            ("capacity", "What the method has used up", self.capacity()),
+            ("updates", "How the tasks' updates point", self.updates()),
             ("losses", "Training loss", self.losses()),
             ("general", "General ability", self.general()),
             ("runs", "Every run", "".join(self.run(job) for job in self.jobs)),
@@ -144,6 +155,10 @@ class _Page:
         heads, rows = comparison(self.jobs)
         if not scored(self.jobs):
             return _table((heads, rows)) if len(heads) > 1 else ""
+        # What does not fit the page in one table is two: how well, and at what cost.
+        tables = [(heads, rows)]
+        if len(heads) > WIDEST:
+            tables = [comparison(self.jobs, cost=cost) for cost in (False, True)]
         base = untouched(self.jobs)
         note = [
             *(words for start, words in _MEANINGS.items() if any(head.startswith(start) for head in heads)),
@@ -152,15 +167,15 @@ class _Page:
         ]
         figure = plots.bars(scored(self.jobs), self.numbers) if len(by_arm(self.jobs)) > 1 else ""
         caption = "Mean over runs; whiskers are one standard deviation, each dot is one run."
-        return _table((heads, rows)) + _note(" ".join(filter(None, note))) + self.figure(figure, caption)
+        drawn = "".join(_table(cells) for cells in tables if len(cells[0]) > 1)
+        return drawn + _note(" ".join(filter(None, note))) + self.figure(figure, caption)
 
     def scores(self) -> str:
         caption = (
             "Percent, mean over runs. A row is the model after a task, a column one task: read downwards to "
             "see it learned (bold) and forgotten. Left of the steps are the tasks learned so far."
         )
-        many = any(len(job["order"]) > 10 for job in self.jobs)
-        return self.per_order(scored(self.jobs), plots.heat_maps, caption, 6 if many else 12)
+        return self.per_order(scored(self.jobs), plots.heat_maps, caption, *HEAT_MAPS)
 
     def curves(self) -> str:
         jobs = [job for job in scored(self.jobs) if len(job["order"]) > 1]
@@ -171,6 +186,37 @@ class _Page:
         return self.per_order(
             jobs, lambda jobs: plots.forgetting_curves(jobs, self.numbers), caption, plots.LINES
         )
+
+    def capacity(self) -> str:
+        """Draw what plugins say of themselves (hook charts): a figure and a table per method, chart and order."""
+        parts = []
+        groups = by_order([job for job in self.jobs if job.get("charts")])
+        for number, group in enumerate(groups):
+            if len(groups) > 1:
+                parts.append(self.order_head(group))
+            drawn = [
+                f"<h4>{_text(f'{arm}: {chart.title}')}</h4>"
+                + self.figure(areas.area_chart(chart), f"{chart.caption} {chart.over_runs}".strip())
+                + _table(areas.used_cells(chart))
+                for arm, members in by_arm(group).items()
+                for chart in areas.charts(members)
+            ]
+            folded = number >= SHOWN_ORDERS and drawn
+            parts.append(_fold("the charts of this order", "".join(drawn)) if folded else "".join(drawn))
+        return "".join(parts)
+
+    def updates(self) -> str:
+        jobs = [job for job in self.jobs if cosines.measured(job)]
+        errors = [job["interference_error"] for job in jobs if job.get("interference_error")]
+        error = (
+            f" Estimated from sketches, with a standard error of at most {max(errors):.2g}." if errors else ""
+        )
+        caption = (
+            "The cosine between the changes that two tasks made to the weights, over all adapted layers together, "
+            "mean over runs. 1: the later task moved the weights in the direction of the earlier one; 0: in "
+            "directions of its own; -1: it took the earlier change back."
+        )
+        return self.per_order(jobs, cosines.heat_maps, caption + error, *HEAT_MAPS)
 
     def losses(self) -> str:
         caption = (
@@ -185,17 +231,26 @@ class _Page:
         )
 
     def per_order(
-        self, jobs: Sequence[Job], draw: Callable[[Sequence[Job]], str], caption: str, limit: int
+        self,
+        jobs: Sequence[Job],
+        draw: Callable[[Sequence[Job]], str],
+        caption: str,
+        few: int,
+        many: int | None = None,
     ) -> str:
-        """Draw the jobs of every task order, at most ``limit`` arms in a figure; fold what would be much."""
+        """Draw the jobs of every task order, at most ``few`` arms in a figure (``many`` where tasks are few).
+
+        What would be much is folded.
+        """
         parts = []
         groups = by_order(jobs)
         for number, group in enumerate(groups):
             arms = by_arm(group)
             names = list(arms)
+            limit = many if many and len(group[0].get("order") or ()) <= FEW_TASKS else few
             pieces = [names[k : k + limit] for k in range(0, len(names), limit)]
             if len(groups) > 1:
-                parts.append(f"<h3>{_text(' → '.join(map(str, group[0].get('order') or ())))}</h3>")
+                parts.append(self.order_head(group))
             for place, piece in enumerate(pieces):
                 drawn = self.figure(draw([job for arm in piece for job in arms[arm]]), caption)
                 caption = "" if drawn else caption  # said once
@@ -203,6 +258,10 @@ class _Page:
                     drawn = _fold(_text(", ".join(short(arm, 40) for arm in piece)), drawn)
                 parts.append(drawn)
         return "".join(parts) if any(part.startswith(("<figure", "<details")) for part in parts) else ""
+
+    @staticmethod
+    def order_head(group: Sequence[Job]) -> str:
+        return f"<h3>{_text(' → '.join(map(str, group[0].get('order') or ())))}</h3>"
 
     def general(self) -> str:
         jobs = [job for job in self.jobs if job.get("general")]
@@ -216,7 +275,9 @@ class _Page:
             "trained parameters": f"{count(trained)} of {count(total)}{share}" if trained and total else "",
             "state kept": _shown(job.get("extra_state_bytes"), mebibytes, " MiB"),
             "steps": _shown(job.get("steps"), count, ""),
+            "adapters": _shown(job.get("adapter_bytes"), mebibytes, " MiB"),
             "training": _shown(job.get("train_seconds"), seconds, " s"),
+            "statistics": _shown(job.get("statistics_seconds"), seconds, " s"),
             "evaluation": _shown(job.get("eval_seconds"), seconds, " s"),
             "peak memory": _shown(job.get("peak_memory_bytes"), mebibytes, " MiB"),
         }

@@ -13,7 +13,19 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from graftwork.report.canvas import FAINT, INK, PAPER, WIDTH, grid, legend, name, series, styled, svg
+from graftwork.report.canvas import (
+    FAINT,
+    INK,
+    PAPER,
+    WIDTH,
+    grid,
+    legend,
+    name,
+    readable_on,
+    series,
+    styled,
+    svg,
+)
 from graftwork.report.summary import (
     Job,
     Matrix,
@@ -42,8 +54,12 @@ def heat_maps(jobs: Sequence[Job]) -> str:
     margin = 0.5 + 0.07 * (6 + longest)
     room = WIDTH - margin - 0.7
     # Cells shrink a little where that lets all arms stand side by side; else rows are of even length.
-    wide, tall, letters = (0.56, 0.3, 9.5) if tasks <= 10 else (0.265, 0.24, 7.5)
-    least = 0.42 if tasks <= 10 else 0.265
+    if tasks <= 6:
+        wide, least, tall, letters = 0.56, 0.42, 0.3, 9.5
+    elif tasks <= 10:
+        wide, least, tall, letters = 0.46, 0.34, 0.26, 8.5
+    else:
+        wide, least, tall, letters = 0.265, 0.265, 0.24, 7.5
     across = max(1, min(len(chosen), int(room / (tasks * least + 0.2))))
     down = -(-len(chosen) // across)
     across = -(-len(chosen) // down)
@@ -91,7 +107,7 @@ def _heat_map(axis: Axes, matrix: Matrix, colours: Any, letters: float) -> Any:
                     f"{value:.0f}",
                     ha="center",
                     va="center",
-                    color=_readable_on(mesh.to_rgba(value)),
+                    color=readable_on(mesh.to_rgba(value)),
                     fontsize=letters,
                     # The diagonal is what was just learned.
                     fontweight="bold" if i == j + 1 else "normal",
@@ -106,13 +122,6 @@ def _heat_map(axis: Axes, matrix: Matrix, colours: Any, letters: float) -> Any:
     axis.grid(False)
     axis.spines[:].set_visible(False)
     return mesh
-
-
-def _readable_on(colour: tuple[float, float, float, float]) -> str:
-    """Return the text colour of more contrast on ``colour`` (relative luminance after WCAG 2)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#0a0a0a" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
 
 
 def forgetting_curves(jobs: Sequence[Job], numbers: Mapping[str, int] | None = None) -> str:
@@ -156,12 +165,14 @@ def _curve(axis: Axes, runs: Sequence[Sequence[float | None]], number: int) -> A
     stages = [stage for stage, values in known.items() if values]
     centres = [100 * mean(known[stage]) for stage in stages]
     spreads = [100 * deviation(known[stage]) for stage in stages]
-    colour, marker = series(number)
+    look = series(number)
     if any(spreads):
         low = [centre - spread for centre, spread in zip(centres, spreads, strict=True)]
         high = [centre + spread for centre, spread in zip(centres, spreads, strict=True)]
-        axis.fill_between(stages, low, high, color=colour, alpha=0.16, lw=0)
-    return axis.plot(stages, centres, color=colour, marker=marker, ms=4.2, lw=1.7)[0]
+        axis.fill_between(stages, low, high, color=look.colour, alpha=0.16, lw=0)
+    return axis.plot(stages, centres, color=look.colour, marker=look.marker, ls=look.dashes, ms=4.2, lw=1.7)[
+        0
+    ]
 
 
 def bars(jobs: Sequence[Job], numbers: Mapping[str, int] | None = None) -> str:
@@ -211,7 +222,7 @@ def _bar(axis: Axes, row: int, values: Sequence[float], number: int) -> None:
     if not values:
         return
     centre = mean(values)
-    axis.barh(row, centre, color=series(number)[0], height=0.6, alpha=0.85)
+    axis.barh(row, centre, color=series(number).colour, height=0.6, alpha=0.85)
     if len(values) > 1:
         axis.errorbar(centre, row, xerr=deviation(values), color=INK, lw=1.2, capsize=3)
         axis.plot(values, [row + 0.18] * len(values), "o", color=INK, ms=2.6, alpha=0.75, lw=0)
@@ -296,7 +307,7 @@ def _loss_line(
     number: int,
 ) -> Any:
     """Draw the mean of ``runs``, and a band from the lowest to the highest of them."""
-    colour, _ = series(number)
+    look = series(number)
     rows: list[_Point] = []
     broken: list[float] = []
     for index, start in enumerate(starts[:-1]):
@@ -313,11 +324,12 @@ def _loss_line(
     steps, centres, lows, highs = (list(column) for column in zip(*rows, strict=True))
     if broken:
         place = {"transform": axis.get_xaxis_transform(), "clip_on": False}
-        axis.plot(broken, [0.02] * len(broken), "x", color=colour, ms=6, mew=1.6, **place)
+        axis.plot(broken, [0.02] * len(broken), "x", color=look.colour, ms=6, mew=1.6, **place)
     if len(runs) > 1:
-        axis.fill_between(steps, lows, highs, color=colour, alpha=0.14, lw=0)
+        axis.fill_between(steps, lows, highs, color=look.colour, alpha=0.14, lw=0)
     alone = 0 < len(finite(centres)) <= 2 * len(starts)
-    return axis.plot(steps, centres, color=colour, lw=1.4, marker="." if alone else None)[0]
+    marker = "." if alone else None
+    return axis.plot(steps, centres, color=look.colour, ls=look.dashes, lw=1.4, marker=marker)[0]
 
 
 def _drawable(value: float) -> float:
@@ -364,7 +376,7 @@ def general_ability(jobs: Sequence[Job], numbers: Mapping[str, int] | None = Non
             for row, (arm, members) in enumerate(arms.items()):
                 pairs = [_ability(job).get(measure, (None, None)) for job in members]
                 before, after = (_center([pair[side] for pair in pairs], scale) for side in (0, 1))
-                _dumbbell(axis, row, before, after, series(numbers[arm])[0])
+                _dumbbell(axis, row, before, after, series(numbers[arm]).colour)
             axis.set_title(
                 "perplexity (lower is better)" if measure == "perplexity" else f"{name(measure)}, %"
             )

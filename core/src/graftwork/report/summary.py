@@ -24,6 +24,10 @@ class Column:
     show: Callable[[float], str]
     spread: bool = True
     """Whether the standard deviation over runs belongs to it."""
+    least: float = -math.inf
+    """Left out where no run has more than this."""
+    cost: bool = False
+    """Whether it tells what a method takes, not how well it does."""
 
 
 def _metric(name: str) -> Callable[[Job], float | None]:
@@ -49,10 +53,12 @@ COLUMNS = (
     Column("forgetting points", _metric("forgetting"), points),
     Column("unseen %", _metric("unseen"), percent),
     Column("invalid %", _last_invalid, percent),
-    Column("trained", _cost("trainable_parameters"), count, spread=False),
-    Column("state MiB", _cost("extra_state_bytes"), mebibytes, spread=False),
-    Column("train s", _cost("train_seconds"), seconds, spread=False),
-    Column("peak MiB", _cost("peak_memory_bytes"), mebibytes, spread=False),
+    Column("trained", _cost("trainable_parameters"), count, spread=False, cost=True),
+    Column("adapter MiB", _cost("adapter_bytes"), mebibytes, spread=False, cost=True),
+    Column("state MiB", _cost("extra_state_bytes"), mebibytes, spread=False, cost=True),
+    Column("train s", _cost("train_seconds"), seconds, spread=False, cost=True),
+    Column("statistics s", _cost("statistics_seconds"), seconds, spread=False, cost=True, least=0.05),
+    Column("peak MiB", _cost("peak_memory_bytes"), mebibytes, spread=False, cost=True),
 )
 
 
@@ -125,21 +131,29 @@ def untouched(jobs: Iterable[Job]) -> float | None:
     return mean(finite(values)) if values and len(finite(values)) == len(values) else None
 
 
-def comparison(jobs: Sequence[Job]) -> Cells:
+def comparison(jobs: Sequence[Job], cost: bool | None = None) -> Cells:
     """Return heads and rows that compare the arms, without columns that would be empty.
+
+    ``cost`` keeps only the columns that tell what a method takes, or only those that do not.
 
     A cell is the mean over the runs of an arm, ``±`` their standard deviation; ``(n=2)`` where fewer runs
     than the arm has gave a value, ``nan`` where one of them is no number.
     """
     arms = by_arm(jobs)
-    columns = [column for column in COLUMNS if any(column.read(job) is not None for job in jobs)]
-    several = any(len(members) > 1 for members in arms.values())
+    columns = [column for column in COLUMNS if any(_tells(column, job) for job in jobs)]
+    columns = [column for column in columns if cost is None or column.cost == cost]
+    several = not cost and any(len(members) > 1 for members in arms.values())
     heads = ["method", *(["runs"] if several else []), *(column.head for column in columns)]
     rows = [
         [clean(arm), *([str(len(members))] if several else []), *(_over_runs(c, members) for c in columns)]
         for arm, members in arms.items()
     ]
     return heads, rows
+
+
+def _tells(column: Column, job: Job) -> bool:
+    value = column.read(job)
+    return value is not None and not value <= column.least  # what is no number is shown, too
 
 
 def _over_runs(column: Column, members: Sequence[Job]) -> str:
