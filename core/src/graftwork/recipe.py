@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from graftwork import yaml_lines
 from graftwork.data.options import DataOptions
@@ -65,12 +65,29 @@ class EvaluateOptions(BaseModel):
         description="all tasks after every task; only those seen so far and the next; each when learned and at "
         "the end; or only at the end",
     )
-    batch_size: int = Field(25, ge=1, description="prompts per generate call")
-    max_new_tokens: int = Field(8, ge=1, description="longest answer, in tokens")
+    scoring: Literal["generate", "likelihood"] = Field(
+        "generate",
+        description="what the model writes must be the answer (the papers' exact match); or the likeliest label "
+        "counts, which is faster",
+    )
+    candidates: Literal["task", "seen"] = Field(
+        "task",
+        description="labels that likelihood scoring chooses from: the task's own; or also those of all tasks "
+        "learned so far, which does not give the answer space away",
+    )
+    batch_size: int = Field(25, ge=1, description="prompts that are answered together")
+    max_new_tokens: int = Field(8, ge=1, description="longest written answer, in tokens")
     interference: bool = Field(
         True, description="keep a sketch of every task's update, for the cosines between them"
     )
     general: GeneralOptions = Field(default_factory=lambda: GeneralOptions.model_validate({}))
+
+    @field_validator("candidates")
+    @classmethod
+    def _chosen_by_likelihood(cls, value: str, info: ValidationInfo) -> str:
+        if value != "task" and info.data.get("scoring") == "generate":
+            raise ValueError("needs evaluate.scoring: likelihood; what a model writes has no candidates")
+        return value
 
 
 class Job(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ def evaluate(
     """Score a model on tasks and texts; print a table and write JSON."""
     from graftwork.data.stream import build_stream
     from graftwork.evaluate.answers import score_task
-    from graftwork.evaluate.perplexity import perplexity
-    from graftwork.models import load_tokenizer
+    from graftwork.evaluate.likelihood import check_processors
+    from graftwork.evaluate.perplexity import check_model, perplexity
+    from graftwork.models import load_config, load_tokenizer
+    from graftwork.train.scores import candidates, check_labels, scoring_notes
 
     if not data and not text:
         raise UserError("evaluate needs --data (tasks to score), --text (a text for its perplexity), or both")
@@ -41,20 +44,33 @@ def evaluate(
     job = expand(Document(settings, {}, "evaluate"), sets=sets, plugins=plugins).jobs[0].job
     tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
     tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer) if data else []
+    if text:
+        check_model(load_config(job.model.ref, trust_remote_code=job.model.trust_remote_code))
     console = Console()
     rows: list[dict[str, Any]] = []
+    options = job.evaluate
     with _loaded(job) as (run, loaded, _):
+        processors = run.plugins.call("logits_processors", run=run, model=loaded)
+        if tasks and options.scoring == "likelihood":
+            check_labels(tasks)
+            check_processors(processors)
+            for note in scoring_notes(tasks, options, "all tasks given"):
+                console.say(note)
         for task in tasks:
             if task.test is None:
                 raise UserError(f"task '{task.name}' has no test items to score")
+            started = time.perf_counter()
             with console.bar(len(task.test), f"score {task.name}") as bar:
                 score = score_task(
                     loaded,
                     tokenizer,
                     task,
-                    batch_size=job.evaluate.batch_size,
-                    max_new_tokens=job.evaluate.max_new_tokens,
-                    logits_processors=_processors(run, loaded),
+                    scoring=options.scoring,
+                    # Which tasks the model has learned is not known here: all that were named count.
+                    candidates=candidates(task, tasks, options.candidates),
+                    batch_size=options.batch_size,
+                    max_new_tokens=options.max_new_tokens,
+                    logits_processors=[item for _, many in processors for item in many],
                     contexts=lambda: _contexts(run, loaded),
                     progress=bar.update,
                 )
@@ -64,6 +80,8 @@ def evaluate(
                     "accuracy": score.accuracy,
                     "invalid": score.invalid,
                     "items": len(task.test),
+                    "scoring": score.scoring,
+                    "items_per_second": round(len(task.test) / (time.perf_counter() - started), 3),
                 }
             )
         result: dict[str, Any] = {"model": model, "plugins": list(job.plugins), "tasks": rows}
@@ -96,6 +114,8 @@ def generate(
     """Print a model's answer to one prompt."""
     from transformers import set_seed
 
+    from graftwork.evaluate.answers import answer_begin
+
     options = _generation_options(sets)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -115,7 +135,8 @@ def generate(
             for context in _contexts(run, loaded):
                 stack.enter_context(context)
             ids = loaded.generate(**batch, logits_processor=_processors(run, loaded), **options)
-        click.echo(tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        begin = answer_begin(loaded, batch["input_ids"].shape[1])
+        click.echo(tokenizer.decode(ids[0, begin:], skip_special_tokens=True).strip())
 
 
 def _generation_options(sets: Sequence[str]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""Score a task by what the model writes: greedy answers against the gold answer."""
+"""Score a task: what the model answers, greedily written or the likeliest label, against the gold answer."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -14,14 +13,17 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from graftwork.data.labels import normalise
 from graftwork.distributed import gather_objects, rank_and_world
 from graftwork.errors import UserError
+from graftwork.evaluate.encoding import Contexts, encode_prompt, pad_token
+from graftwork.evaluate.likelihood import label_likelihoods, most_likely
 from graftwork.evaluate.modes import evaluating
+from graftwork.models import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
     from graftwork.data.tasks import Task
 
-Contexts = Callable[[], Iterable[AbstractContextManager[Any]]]
+Scoring = Literal["generate", "likelihood"]
 # Greedy means greedy: what a checkpoint's generation_config.json says besides is overruled.
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -36,12 +38,16 @@ GREEDY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy (0 to 1), share of answers that are no label, per-item correctness, and the answers."""
+    """Accuracy (0 to 1), share of answers that are no label, per-item correctness, and the answers.
+
+    ``scoring`` is how the answers came about.
+    """
 
     accuracy: float
     invalid: float
     correct: list[bool]
     answers: list[str]
+    scoring: Scoring
 
 
 def score_task(
@@ -49,6 +55,8 @@ def score_task(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     *,
+    scoring: Scoring = "generate",
+    candidates: Sequence[str] | None = None,
     batch_size: int = 25,
     max_new_tokens: int = 8,
     logits_processors: Sequence[LogitsProcessor] = (),
@@ -59,10 +67,14 @@ def score_task(
 
     With labels, the first line of an answer counts, without case and punctuation; without, the whole
     answer must equal the completion but for blanks ("3.5" is not "35"), and ``invalid`` is 0.
+    With ``scoring="likelihood"`` the answer is the likeliest of ``candidates`` (the task's labels where None),
+    and ``max_new_tokens`` plays no part; a task without labels is answered by generation all the same.
+    ``invalid`` then is the share of items given another task's label (or none, where nothing is finite).
     In a distributed run every process answers its share and all get the whole result.
 
     Raises:
-        UserError: the task has no test items with prompt and answer; see also :func:`generate_answers`.
+        UserError: the task has no test items with prompt and answer; see also :func:`generate_answers` and
+            :func:`graftwork.evaluate.likelihood.label_likelihoods`.
     """
     if task.test is None or not {"prompt", "completion"} <= set(task.test.column_names) or not len(task.test):
         raise UserError(f"task '{task.name}': test items need a prompt and an answer to be scored")
@@ -70,23 +82,28 @@ def score_task(
     gold = [row.get("label") or _text(row["completion"]) for row in rows]
     same = normalise if task.labels else _collapsed
     rank, world = rank_and_world()
-    answers = generate_answers(
-        model,
-        tokenizer,
-        [rows[index]["prompt"] for index in _share(len(rows), rank, world)],
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        first_line=bool(task.labels) or not any("\n" in answer.strip() for answer in gold),
-        logits_processors=logits_processors,
-        contexts=contexts,
-        progress=progress,
-    )
+    prompts = [rows[index]["prompt"] for index in _share(len(rows), rank, world)]
+    shared: dict[str, Any] = {"batch_size": batch_size, "contexts": contexts, "progress": progress}
+    if scoring == "likelihood" and task.labels:
+        choices = task.labels if candidates is None else candidates
+        answers = most_likely(label_likelihoods(model, tokenizer, prompts, choices, **shared), choices)
+    else:
+        scoring = "generate"
+        answers = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            first_line=bool(task.labels) or not any("\n" in answer.strip() for answer in gold),
+            logits_processors=logits_processors,
+            **shared,
+        )
     answers = _gathered(answers, len(rows), world)
     given = [same(answer) for answer in answers]
     correct = [a == same(b) for a, b in zip(given, gold, strict=True)]
     labels = {normalise(label) for label in task.labels}
     invalid = sum(answer not in labels for answer in given) / len(given) if labels else 0.0
-    return Score(sum(correct) / len(correct), invalid, correct, answers)
+    return Score(sum(correct) / len(correct), invalid, correct, answers, scoring)
 
 
 def generate_answers(
@@ -110,10 +127,12 @@ def generate_answers(
     Raises:
         UserError: a prompt is empty, too long for the model, or a chat without a chat template.
     """
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    # An encoder-decoder's prompt and answer are two texts; a decoder's are one, which padding must not part.
+    apart = is_encoder_decoder(model.config)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(ids) for ids in encoded), default=0)
-    if limit and longest + max_new_tokens > limit:
+    if limit and (max(longest, max_new_tokens) if apart else longest + max_new_tokens) > limit:
         raise UserError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's window of "
             f"{limit}; set data.max_prompt_tokens or data.max_words"
@@ -129,8 +148,11 @@ def generate_answers(
             ids = torch.full((len(chosen), width), pad)
             mask = torch.zeros_like(ids)
             for row, index in enumerate(chosen):
-                ids[row, width - len(encoded[index]) :] = torch.tensor(encoded[index])
-                mask[row, width - len(encoded[index]) :] = 1
+                length = len(encoded[index])
+                place = slice(length) if apart else slice(width - length, width)
+                ids[row, place] = torch.tensor(encoded[index])
+                mask[row, place] = 1
+            begin = answer_begin(model, width)
             with contextlib.ExitStack() as stack:
                 for context in contexts():
                     stack.enter_context(context)
@@ -138,10 +160,10 @@ def generate_answers(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
                     logits_processor=LogitsProcessorList(logits_processors),
-                    stopping_criteria=StoppingCriteriaList([_FirstLine(tokenizer, width)] * first_line),
+                    stopping_criteria=StoppingCriteriaList([_FirstLine(tokenizer, begin)] * first_line),
                     **settings,
                 )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(output[:, begin:], skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
                 text = text.strip()
                 answers[index] = text.split("\n")[0].rstrip() if first_line else text
@@ -150,15 +172,23 @@ def generate_answers(
     return answers
 
 
+def answer_begin(model: Any, prompt_width: int) -> int:
+    """Return where the answer begins in what ``generate`` returns for a prompt of ``prompt_width`` tokens.
+
+    A decoder repeats the prompt; an encoder-decoder begins with its start token alone.
+    """
+    return 1 if is_encoder_decoder(model.config) else prompt_width
+
+
 class _FirstLine(StoppingCriteria):
     """Stop a row once it has written a line break after some text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_width: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: int) -> None:
         self.tokenizer = tokenizer
-        self.width = prompt_width
+        self.begin = begin
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(input_ids[:, self.begin :], skip_special_tokens=True)
         return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
 
 
@@ -166,33 +196,13 @@ def _settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: in
     # The model's own end tokens win: a chat model has several, the tokenizer names one.
     end = getattr(model.generation_config, "eos_token_id", None)
     end = tokenizer.eos_token_id if end is None else end
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        # Padding is masked, so any token serves where the tokenizer has none to spare.
-        pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     return {
         **GREEDY,
         "max_new_tokens": max_new_tokens,
         "use_cache": True,
-        "pad_token_id": pad,
+        "pad_token_id": pad_token(tokenizer),
         "eos_token_id": end,
     }
-
-
-def _encode(tokenizer: Any, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
-    elif not tokenizer.chat_template:
-        raise UserError("the items are chats, but the tokenizer has no chat template; use data.prompt: plain")
-    else:
-        # A prompt that ends with words of the assistant is to be continued, as TRL does in training.
-        continued = prompt[-1]["role"] == "assistant"
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=not continued, continue_final_message=continued, return_dict=True
-        )["input_ids"]
-    if not ids:
-        raise UserError("a prompt is empty; every test item needs something to answer")
-    return ids
 
 
 def _text(completion: Any) -> str:

@@ -77,6 +77,7 @@ def run_job(
     tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer, sources=plugins.data_sources(run))
     tasks = arranged(run, tasks)
     scores = Scores(run, tasks, tokenizer, console)
+    scores.check(plan.meta, plan.adapter)
     with run.locked():
         run.open(resume=resume, allow_other_versions=allow_other_versions)
         return _Stream(spec, run, plan, tasks, scores, console).execute()
@@ -376,7 +377,9 @@ class _Stream:
             "seed": self.job.seed,
             "plugins": self.job.plugins,
             "order": [task.name for task in self.tasks],
-            "notes": [note for task in self.tasks for note in task.notes] + self.updates.notes(),
+            "notes": [note for task in self.tasks for note in task.notes]
+            + self.scores.notes()
+            + self.updates.notes(),
             "charts": [
                 dataclasses.asdict(chart)
                 for _, charts in self.run.plugins.call("charts", run=self.run)

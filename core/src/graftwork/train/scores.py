@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.data.prompts import leaks
 from graftwork.data.stream import held_out_tasks
+from graftwork.errors import UserError
 from graftwork.evaluate import continual
-from graftwork.evaluate.answers import score_task
+from graftwork.evaluate.answers import Score, score_task
+from graftwork.evaluate.likelihood import check_model, check_processors
 from graftwork.evaluate.perplexity import perplexity
 
 if TYPE_CHECKING:
     from graftwork.console import Console
     from graftwork.data.tasks import Task
+    from graftwork.recipe import EvaluateOptions
     from graftwork.run import Run
     from graftwork.train.adapters import AdapterStack
 
@@ -53,8 +56,20 @@ class Scores:
             else []
         )
 
+    def check(self, model: Any, adapter: Any) -> None:
+        """Refuse a way of scoring that ``model`` (on the meta device), its ``adapter`` or the data do not offer."""
+        if self.options.scoring == "generate":
+            return
+        check_model(model, adapter.config if adapter else None)
+        check_labels([*self.tasks, *self.held_out])
+
     def before(self, stack: AdapterStack) -> None:
         """Measure the untouched model."""
+        if self.options.scoring == "likelihood":
+            # The rest of the plugins' say is known: better now than after the training.
+            check_processors(self._processors(stack.model))
+            for note in self.notes():
+                self.console.say(f"  {note}")
         if self.options.cells == "all":
             self._row(0, range(len(self.tasks)), stack)
         elif self.options.cells == "seen":
@@ -89,7 +104,7 @@ class Scores:
             if task.test is None:
                 continue
             stack.use_for(task.name)
-            score = self._score(task, stack.model)
+            score = self._score(task, stack.model, learned=row)
             self.matrix[row][column] = score.accuracy
             self.invalid[row][column] = score.invalid
             self.items[row][column] = [int(value) for value in score.correct]
@@ -107,19 +122,25 @@ class Scores:
             )
             self.console.say(f"  {stage:<24} {cells}")
 
-    def _score(self, task: Task, model: Any) -> Any:
+    def _processors(self, model: Any) -> list[tuple[str, Any]]:
+        return self.run.plugins.call("logits_processors", run=self.run, model=model)
+
+    def _score(self, task: Task, model: Any, *, learned: int) -> Score:
+        """Score ``task`` with a model that has learned the first ``learned`` tasks."""
         plugins, run = self.run.plugins, self.run
-        processors = [
-            item for _, many in plugins.call("logits_processors", run=run, model=model) for item in many
-        ]
+        processors = self._processors(model)
+        if self.options.scoring == "likelihood":
+            check_processors(processors)
         with self.console.bar(len(task.test or []), f"score {task.name}") as bar:
             return score_task(
                 model,
                 self.tokenizer,
                 task,
+                scoring=self.options.scoring,
+                candidates=candidates(task, self.tasks[:learned], self.options.candidates),
                 batch_size=self.options.batch_size,
                 max_new_tokens=self.options.max_new_tokens,
-                logits_processors=processors,
+                logits_processors=[item for _, many in processors for item in many],
                 contexts=lambda: [c for _, c in plugins.call("generation_context", run=run, model=model)],
                 progress=bar.update,
             )
@@ -140,7 +161,8 @@ class Scores:
                     progress=bar.update,
                 )["perplexity"]
         for task in self.held_out:
-            score = self._score(task, stack.model)
+            learned = len(self.tasks) if when == "after" else 0
+            score = self._score(task, stack.model, learned=learned)
             values[task.name] = score.accuracy
             items[task.name] = [int(value) for value in score.correct]
         if values:
@@ -165,6 +187,11 @@ class Scores:
         self.general, self.general_items = dict(record["general"]), dict(record["general_items"])
         self.seconds = seconds
 
+    def notes(self) -> list[str]:
+        """Return how answers were chosen, in words, where they were not written."""
+        tasks = [*self.tasks, *self.held_out]
+        return scoring_notes(tasks, self.options, "all tasks learned so far")
+
     def result(self) -> dict[str, Any]:
         """Return matrices and metrics for ``result.json``."""
         scored = any(value is not None for row in self.matrix for value in row)
@@ -180,6 +207,44 @@ class Scores:
             "metrics": metrics,
             "general": self.general,
             "general_items": self.general_items,
-            "leaks": leaks(self.run.job.data),
+            "scoring": self.options.scoring,
+            "leaks": leaks(self.run.job.data) + scoring_leaks(self.options),
             "eval_seconds": round(self.seconds, 3),
         }
+
+
+def candidates(task: Task, learned: Sequence[Task], choice: str) -> list[str]:
+    """Return the labels that likelihood scoring chooses from: the task's own first, each once."""
+    others = [label for other in learned for label in other.labels] if choice == "seen" else []
+    return list(dict.fromkeys([*task.labels, *others]))
+
+
+def check_labels(tasks: Sequence[Task]) -> None:
+    """Raise ``UserError`` where likelihood scoring has no labels to choose from in any of ``tasks``."""
+    scored = [task for task in tasks if task.test is not None]
+    if scored and not any(task.labels for task in scored):
+        raise UserError(
+            "evaluate.scoring: likelihood chooses between a task's labels, and no task here has any; "
+            "use evaluate.scoring: generate"
+        )
+
+
+def scoring_notes(tasks: Sequence[Task], options: EvaluateOptions, others: str) -> list[str]:
+    """Return in words what counts as an answer, where it is not what the model writes.
+
+    ``others`` says which tasks' labels compete with ``candidates: seen``.
+    """
+    if options.scoring == "generate":
+        return []
+    among = f"the labels of {others} and its own" if options.candidates == "seen" else "its task's labels"
+    return [f"the answer to an item is the likeliest of {among}; nothing is written"] + [
+        f"{task.name} has no labels and is scored by what the model writes"
+        for task in tasks
+        if task.test is not None and not task.labels
+    ]
+
+
+def scoring_leaks(options: EvaluateOptions) -> list[str]:
+    """Return what the way of scoring gives away about the task, as :func:`leaks` does for the prompts."""
+    own = options.scoring == "likelihood" and options.candidates == "task"
+    return ["answers chosen among the task's own labels"] if own else []
