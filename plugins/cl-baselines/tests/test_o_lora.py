@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from graftwork.testing.models import tiny_model
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
 from graftwork_cl_baselines.o_lora import OLora, OLoraOptions, norm, norms, orthogonality
 from graftwork_cl_baselines.stacked import Factors, factors
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 
 OPTIONS = {"rank": 2, "alpha": 4}
@@ -26,22 +27,6 @@ def recipe_of(checkpoint: Path, stream: Path, options: dict | None = None, **set
     settings = {"train": {"max_steps": 3}, "evaluate": {"cells": "final"}, **settings}
     plugins = {"o-lora": {**OPTIONS, **(options or {})}}
     return tiny_recipe(checkpoint, stream, plugins=plugins, seed=1, **settings)
-
-
-def stacked(adapters: int = 3) -> PeftModel:
-    """Return a tiny model with that many adapters of rank 2, all active, the last one training."""
-    names = [f"t{index}" for index in range(adapters)]
-    for number, name in enumerate(names):
-        torch.manual_seed(number)
-        config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-        if number == 0:
-            model = get_peft_model(tiny_model(), config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-    model.base_model.set_adapter(names)
-    for name in names:
-        model.set_requires_grad(name, name == names[-1])
-    return model
 
 
 def matrices(model: PeftModel) -> list[tuple[list, list]]:
@@ -54,7 +39,7 @@ def matrices(model: PeftModel) -> list[tuple[list, list]]:
     return found
 
 
-def test_the_penalty_by_hand() -> None:
+def test_the_penalty_by_hand(stacked: Callable[..., PeftModel]) -> None:
     model = stacked()
     total, count = 0.0, 0
     for old, new in matrices(model):
@@ -70,7 +55,7 @@ def test_the_penalty_by_hand() -> None:
 
 
 @pytest.mark.parametrize("form", ["sum", "mean"])
-def test_only_the_new_adapter_gets_a_gradient(form: str) -> None:
+def test_only_the_new_adapter_gets_a_gradient(form: str, stacked: Callable[..., PeftModel]) -> None:
     model = stacked()
     orthogonality(factors(model), form).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -94,7 +79,7 @@ def test_orthogonal_rows_cost_nothing() -> None:
     )
 
 
-def test_norms_by_hand_with_a_finite_gradient_where_b_is_zero() -> None:
+def test_norms_by_hand_with_a_finite_gradient_where_b_is_zero(stacked: Callable[..., PeftModel]) -> None:
     model = stacked()
     pairs = factors(model)
     expected = math.fsum(
@@ -110,7 +95,7 @@ def test_norms_by_hand_with_a_finite_gradient_where_b_is_zero() -> None:
     assert norm(matrix).item() == 5
 
 
-def test_which_terms_there_are() -> None:
+def test_which_terms_there_are(stacked: Callable[..., PeftModel]) -> None:
     first, later = stacked(1), stacked(2)
 
     def names(model: torch.nn.Module, **options: Any) -> list[tuple[str, float, str]]:
@@ -126,7 +111,7 @@ def test_which_terms_there_are() -> None:
     assert term.fn(later, {}).item() == pytest.approx(orthogonality(factors(later), "mean").item())
 
 
-def test_a_stream_that_did_not_stack_is_told_so() -> None:
+def test_a_stream_that_did_not_stack_is_told_so(stacked: Callable[..., PeftModel]) -> None:
     plugin = OLora(OLoraOptions(**OPTIONS))
     trainer = SimpleNamespace(model=stacked(1))
     plugin.task_end(None, SimpleNamespace(index=0), trainer)
@@ -145,12 +130,7 @@ def finished(checkpoint: Path, stream: Path, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
-def logged(directory: Path) -> list[dict[str, Any]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == "log"]
-
-
-def test_the_penalty_is_there_from_the_second_task_on(finished: Path) -> None:
+def test_the_penalty_is_there_from_the_second_task_on(finished: Path, logged: Callable[..., Any]) -> None:
     logs = logged(finished)
     assert len(logs) == 6
     assert not any("loss/orth" in log for log in logs[:3])

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from graftwork.run import Run
     from transformers import Trainer
 
-SPLIT = "needs whole parameters in every process, which {what} splits; train with plain data parallelism instead"
+SPLIT = (
+    "needs whole parameters in every process, which {what} splits; train with plain data parallelism instead"
+)
 
 
 def refuse_split_fields(plugin: str, run: Run) -> None:

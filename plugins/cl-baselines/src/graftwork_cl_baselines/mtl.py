@@ -41,9 +41,7 @@ class Mtl:
                     f"one form into data.order"
                 )
         slices = mixed([task.train for task in tasks], run.seed)
-        return [
-            dataclasses.replace(task, train=part) for task, part in zip(tasks, slices, strict=True)
-        ]
+        return [dataclasses.replace(task, train=part) for task, part in zip(tasks, slices, strict=True)]
 
 
 def mixed(parts: Sequence[Dataset], seed: int) -> list[Dataset]:
