@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from graftwork.errors import UserError
-from graftwork.report import plots, tables
-from graftwork.report.canvas import VARIABLES
+from graftwork.report import areas, cosines, plots, tables
+from graftwork.report.canvas import VARIABLES, series
 from graftwork.report.css import CSS
 from graftwork.report.html import render, write_report
 from graftwork.report.words import clean, count, mebibytes, percent, points, short, width
@@ -58,7 +58,9 @@ def job(name: str = "alpha", seed: int = 1, tasks: int = 3, **changes: Any) -> d
         "trainable_parameters": 3_050_000,
         "total_parameters": 134_515_008,
         "extra_state_bytes": 0,
+        "adapter_bytes": 0,
         "train_seconds": 61.5,
+        "statistics_seconds": 0.01,
         "eval_seconds": 10.0,
         "peak_memory_bytes": 3 * 2**30,
         "steps": 12,
@@ -224,6 +226,27 @@ def test_comparison_that_is_too_wide_goes_on_below_with_the_same_rows() -> None:
     assert all([line.split()[0] for line in block.splitlines()[2:]] == ["alpha", "beta"] for block in blocks)
 
 
+def test_comparison_shows_what_a_method_keeps_and_takes_besides_training() -> None:
+    table = tables.comparison_table(
+        [
+            job("alpha", 1, adapter_bytes=3 * 2**20, statistics_seconds=12.0),
+            job("alpha", 2, adapter_bytes=5 * 2**20, statistics_seconds=14.0),
+            job("beta", 1),
+        ]
+    )
+    heads, *rows = (line.split() for line in table.split("\n\n")[-1].splitlines() if "---" not in line)
+    assert heads[-8:] == ["adapter", "MiB", "train", "s", "statistics", "s", "peak", "MiB"]
+    assert rows[0][-4:] == ["4.00", "62", "13", "3072"]
+    assert rows[1][-3:] == ["62", "0.0", "3072"]
+    assert "adapter MiB" in tables.comparison_markdown([job(adapter_bytes=1)])
+
+
+def test_a_moment_before_a_task_is_no_column() -> None:
+    """Every method takes some microseconds; only where it takes time does the table say so."""
+    assert "statistics" not in tables.comparison_table([job(statistics_seconds=0.05), job("beta")])
+    assert "statistics" in tables.comparison_table([job(statistics_seconds=0.06), job("beta")])
+
+
 def test_comparison_hides_neither_a_failed_nor_a_missing_run() -> None:
     broken = job("alpha", 2, metrics={"ap": math.nan, "la": None, "bwt": -0.1})
     row = tables.comparison_table([job("alpha", 1), broken]).splitlines()[2]
@@ -307,11 +330,137 @@ def test_an_arm_keeps_its_colour() -> None:
     assert "--series-1" not in plots.loss_curves([job("beta")], numbers)
 
 
+def test_no_two_arms_of_a_page_look_alike() -> None:
+    looks = [series(number) for number in range(32)]
+    assert len(set(looks)) == 32
+    assert len({(look.colour, look.dashes) for look in looks}) == 32  # also where lines have no markers
+
+
 def test_the_page_defines_every_colour_of_the_figures() -> None:
     light, dark = CSS.split("@media screen and (prefers-color-scheme: dark)")
     for variable in VARIABLES.values():
         assert f"{variable}:" in light
         assert f"{variable}:" in dark
+
+
+# ---------------------------------------------------------------- what a method has used up
+
+
+def chart(parts: dict[str, list[float]], **changes: Any) -> dict[str, Any]:
+    layers = [f"model.layers.{n}.mlp" for n in range(2)]
+    return {
+        "title": "Neurons",
+        "caption": "Of every MLP.",
+        "layers": layers,
+        "parts": parts,
+        "rest": "left",
+        **changes,
+    }
+
+
+def charted(seed: int, *charts: dict[str, Any], name: str = "alpha") -> dict[str, Any]:
+    return job(name, seed, tasks=2, charts=list(charts))
+
+
+def test_charts_are_means_over_runs_and_add_up_task_by_task() -> None:
+    jobs = [
+        charted(1, chart({"t1": [0.3, 0.1], "t0": [0.1, 0.2]})),
+        charted(2, chart({"t1": [0.1, 0.1], "t0": [0.3, 0.2]})),
+    ]
+    (found,) = areas.charts(jobs)
+    assert list(found.parts) == ["t0", "t1"]  # the order of the tasks, whatever that of the chart
+    assert found.over_runs == "Mean over 2 runs."
+    # Means over runs and layers: t0 (.2 + .2) / 2, t1 (.2 + .1) / 2.
+    assert areas.used_cells(found) == (
+        ["mean over layers", "this task %", "used %", "left %"],
+        [["after t0", "20.0", "20.0", "80.0"], ["after t1", "15.0", "35.0", "65.0"]],
+    )
+
+
+def test_runs_of_other_layers_are_not_averaged() -> None:
+    other = chart({"t0": [0.5]}, layers=["model.layers.1.mlp"])
+    (found,) = areas.charts([charted(1, chart({"t0": [0.1, 0.2]})), charted(2, other)])
+    assert found.parts == {"t0": [0.1, 0.2]}
+    assert found.over_runs == "The first of 2 runs; the others differ in their layers."
+
+
+def test_bands_stand_on_each_other_up_to_the_sum() -> None:
+    """The path of the last band goes through the sum of all, at the height that the axis gives it."""
+    (found,) = areas.charts([charted(1, chart({"t0": [0.25, 0.25], "t1": [0.25, 0.5]}))])
+    svg = areas.area_chart(found)
+    texts = list(ElementTree.fromstring(svg).itertext())
+    assert {"1  t0", "2  t1", "left", "0", "1", "layer (model.layers.*.mlp)"} <= set(texts)
+    assert svg == areas.area_chart(found)
+    heights = []
+    for band in re.split(r'<g id="FillBetweenPolyCollection_\d+">', svg)[1:]:
+        points = re.findall(r"[ML] [\d.-]+ ([\d.-]+)", band[: band.index("</g>")])
+        offset = re.search(r'<use [^>]*\by="([\d.]+)"', band[: band.index("</g>")])
+        heights.append({float(y) + (float(offset[1]) if offset else 0) for y in points})
+    bottom, top = max(heights[0]), min(heights[-1])  # the first starts at 0 %, the rest ends at 100 %
+    shares = [sorted({round((bottom - y) / (bottom - top), 3) for y in band}) for band in heights]
+    assert shares == [[0.0, 0.25], [0.25, 0.5, 0.75], [0.5, 0.75, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "labels", "common"),
+    [
+        (["h.0.mlp", "h.2.mlp"], ["0", "2"], "h.*.mlp"),
+        (["a.q_proj", "b.layers.k_proj"], ["a.q_proj", "layers.k_proj"], ""),
+        ([f"h.{n}.mlp" for n in range(99)], [], "h.*.mlp"),
+        ([f"h.{n}.mlp" for n in range(1, 99)], [], ""),
+        ([f"layer-{n % 7}-{n}" for n in range(99)], [], ""),
+    ],
+)
+def test_names_of_layers_are_as_short_as_they_can_be(
+    layers: list[str], labels: list[str], common: str
+) -> None:
+    assert areas._layer_names(layers) == (labels, common)
+
+
+def test_page_shows_charts_per_method_and_order() -> None:
+    one = chart({"t0": [0.1, 0.2], "t1": [0.1, 0.2]}, title="<Neurons>")
+    other = {**charted(1, one, name="beta"), "order": ["t1", "t0"]}
+    page = checked(render(result(charted(1, one), charted(2, one), other, job("plain", tasks=2))))
+    assert "What the method has used up" in page.words
+    assert page.words.count("alpha: <Neurons>") == 1
+    assert page.words.count("beta: <Neurons>") == 1
+    assert "Of every MLP. Mean over 2 runs." in page.words
+    assert "What the method has used up" not in checked(render(result(job()))).words
+
+
+# ---------------------------------------------------------------- how updates point
+
+
+def with_cosines(value: float | None, seed: int = 1, name: str = "alpha") -> dict[str, Any]:
+    matrix = [[1.0, value, None], [value, 1.0, None], [None, None, None]]
+    return job(name, seed, interference=matrix, interference_error=0.02)
+
+
+def test_cosines_are_means_over_runs_of_later_with_earlier_tasks() -> None:
+    svg = cosines.heat_maps([with_cosines(-0.2, 1), with_cosines(-0.25, 2), with_cosines(0.5, 1, "beta")])
+    texts = list(ElementTree.fromstring(svg).itertext())
+    cells = [text for text in texts if re.fullmatch("[\N{MINUS SIGN}]?[.][0-9]{2}", text)]
+    assert cells == ["\N{MINUS SIGN}.23", ".50"] or cells == ["\N{MINUS SIGN}.22", ".50"]
+    assert texts.count("t0") == 2  # below both panels; an earlier task only
+    assert texts.count("t2") == 1  # a later task only
+    assert {"alpha", "beta", "cosine"} <= set(texts)
+
+
+def test_colours_of_cosines_are_centred_at_zero_and_shared_by_the_page() -> None:
+    jobs = [with_cosines(-0.2), with_cosines(0.55, 1, "beta")]
+    assert cosines.scale(jobs) == 0.6
+    assert cosines.scale([with_cosines(0.01)]) == cosines.SMALLEST_SCALE
+    texts = list(ElementTree.fromstring(cosines.heat_maps(jobs[:1], 0.6)).itertext())
+    assert {"\N{MINUS SIGN}0.6", "0.0", "0.6"} <= set(texts)
+
+
+def test_the_page_says_what_the_cosines_mean_and_their_error() -> None:
+    unknown = [job("beta", interference=[], interference_error=None), with_cosines(None, 1, "gamma")]
+    page = checked(render(result(with_cosines(0.4), *unknown)))
+    assert "How the tasks' updates point" in page.words
+    assert "a standard error of at most 0.02" in page.words
+    assert ".40" in page.words
+    assert "updates point" not in checked(render(result(*unknown))).words
 
 
 # ---------------------------------------------------------------- the page
@@ -422,6 +571,17 @@ _number = st.none() | st.floats(allow_nan=True, allow_infinity=True) | st.floats
 _name = st.text(min_size=1, max_size=30)
 
 
+_charts = st.fixed_dictionaries(
+    {
+        "title": st.text(max_size=9),
+        "caption": st.text(max_size=9),
+        "layers": st.lists(_name, max_size=4),
+        "parts": st.dictionaries(_name, st.lists(_number, max_size=4), max_size=3),
+        "rest": st.text(max_size=9),
+    }
+)
+
+
 @st.composite
 def _jobs(draw: st.DrawFn) -> dict[str, Any]:
     order = draw(st.lists(_name, min_size=1, max_size=4))
@@ -452,6 +612,11 @@ def _jobs(draw: st.DrawFn) -> dict[str, Any]:
         "trainable_parameters": draw(st.integers(0, 10**13)),
         "total_parameters": draw(st.integers(0, 10**13)),
         "extra_state_bytes": draw(st.integers(0, 10**13)),
+        "adapter_bytes": draw(st.integers(0, 10**13)),
+        "statistics_seconds": draw(st.floats(0, 1e9)),
+        "charts": draw(st.lists(_charts, max_size=2)),
+        "interference": draw(st.just([]) | matrix),
+        "interference_error": draw(st.none() | st.floats(0, 1)),
         "train_seconds": draw(st.floats(0, 1e9)),
         "eval_seconds": draw(st.floats(0, 1e9)),
         "peak_memory_bytes": draw(st.integers(0, 10**13)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.colors import to_hex
+from matplotlib.patches import Patch
 
 from graftwork.report.canvas import FAINT, PAPER, WIDTH, grid, name, styled, svg
 from graftwork.report.summary import Cells, Job, mean
@@ -92,7 +93,7 @@ def area_chart(chart: Chart) -> str:
         )
         axis = axes[0]
         low = [0.0] * count
-        handles = []
+        handles: list[Any] = []
         for number, task in enumerate(tasks):
             high = [a + 100 * b for a, b in zip(low, chart.parts[task], strict=True)]
             place = 0.5 if len(tasks) == 1 else 0.18 + 0.72 * number / (len(tasks) - 1)
@@ -109,18 +110,17 @@ def area_chart(chart: Chart) -> str:
             )
             low = high
         top = max(100.0, *low)
-        handles.append(
-            axis.fill_between(
-                x,
-                [*low, low[-1]],
-                [max(100.0, value) for value in [*low, low[-1]]],
-                step="post",
-                facecolor="none",
-                edgecolor=FAINT,
-                hatch="///",
-                lw=0,
-            )
+        axis.fill_between(
+            x,
+            [*low, low[-1]],
+            [max(100.0, value) for value in [*low, low[-1]]],
+            step="post",
+            facecolor="none",
+            edgecolor=FAINT,
+            hatch="///",
+            lw=0,
         )
+        handles.append(Patch(facecolor="none", edgecolor=FAINT, hatch="/////", lw=0.6))
         axis.set_xlim(-0.5, count - 0.5)
         axis.set_ylim(0, top)
         axis.set_ylabel("share of the layer, %")

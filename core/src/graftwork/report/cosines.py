@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 from graftwork.report.canvas import PAPER, WIDTH, grid, name, readable_on, styled, svg
-from graftwork.report.summary import Job, Matrix, by_arm, finite, mean
+from graftwork.report.summary import Job, Matrix, by_arm, by_order, finite, mean
 
 SMALLEST_SCALE = 0.1
 """Colours reach their ends here at least: differences within the error must not look like much."""
@@ -20,18 +20,29 @@ def measured(job: Job) -> bool:
     return any(value is not None for row in _pairs([job]) for value in row)
 
 
-def heat_maps(jobs: Sequence[Job]) -> str:
-    """Return the cosines between updates per arm, mean over its runs, all on one colour scale.
+def scale(jobs: Sequence[Job]) -> float:
+    """Return the cosine where the colours of all figures of a page reach their ends."""
+    values = [
+        abs(value)
+        for group in by_order(jobs)
+        for members in by_arm(group).values()
+        for row in _pairs(members)
+        for value in finite(row)
+    ]
+    return min(1.0, max([SMALLEST_SCALE, *(math.ceil(10 * value) / 10 for value in values)]))
+
+
+def heat_maps(jobs: Sequence[Job], limit: float | None = None) -> str:
+    """Return the cosines between updates per arm, mean over its runs, on one colour scale up to ``limit``.
 
     Rows are the later tasks, columns the earlier ones. The jobs share one order of tasks.
     """
     chosen = {arm: _pairs(members) for arm, members in by_arm(jobs).items()}
-    values = finite(value for matrix in chosen.values() for row in matrix for value in row)
     order = [name(task, 18) for task in jobs[0]["order"]]
-    if not values:
+    if not any(map(measured, jobs)):
         return ""
+    limit = limit or scale(jobs)
     pairs, longest = len(order) - 1, max(map(len, order))
-    limit = min(1.0, max(SMALLEST_SCALE, math.ceil(10 * max(map(abs, values))) / 10))
     margin = 0.5 + 0.07 * longest
     room = WIDTH - margin - 0.8
     wide, tall, letters = (
@@ -51,7 +62,8 @@ def heat_maps(jobs: Sequence[Job]) -> str:
             sharex=True,
             sharey=True,
         )
-        colours = mpl.colormaps["RdBu"]
+        # Few enough steps to be drawn as such, and an odd number of them: one of its own for 0.
+        colours = mpl.colormaps["RdBu"].resampled(41)
         mesh: Any = None
         for axis, (arm, matrix) in zip(axes, chosen.items(), strict=True):
             cells = [[math.nan if value is None else value for value in row] for row in matrix]

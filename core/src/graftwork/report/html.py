@@ -214,9 +214,10 @@ class _Page:
         caption = (
             "The cosine between the changes that two tasks made to the weights, over all adapted layers together, "
             "mean over runs. 1: the later task moved the weights in the direction of the earlier one; 0: in "
-            "directions of its own; -1: it took the earlier change back."
+            "directions of its own; \N{MINUS SIGN}1: it took the earlier change back."
         )
-        return self.per_order(jobs, cosines.heat_maps, caption + error, *HEAT_MAPS)
+        limit = cosines.scale(jobs)
+        return self.per_order(jobs, lambda jobs: cosines.heat_maps(jobs, limit), caption + error, *HEAT_MAPS)
 
     def losses(self) -> str:
         caption = (
