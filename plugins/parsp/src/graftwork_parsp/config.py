@@ -35,6 +35,10 @@ class ParspConfig(PeftConfig):
     )
     exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "as in LoRA"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "as in LoRA"})
+    sizes: dict[str, list[int]] = field(
+        default_factory=dict,
+        metadata={"help": "per layer: neurons changed so far, in the core, columns of the basis"},
+    )
     graftwork_plugin: str = field(default="parsp", metadata={"help": "the plugin that brings this method"})
 
     def __post_init__(self) -> None:

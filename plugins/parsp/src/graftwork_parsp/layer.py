@@ -43,8 +43,9 @@ class RowDelta(nn.Module, BaseTunerLayer):
     adapter_layer_names = _TRAINED
     other_param_names = (*_KEPT, "configs")
 
-    def __init__(self, base_layer: nn.Module, name: str, config: ParspConfig) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, config: ParspConfig, key: str = "") -> None:
         super().__init__()
+        self.key = key
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.base_layer = base_layer
@@ -83,10 +84,15 @@ class RowDelta(nn.Module, BaseTunerLayer):
             )
         self.configs[name] = config
         device = self.get_base_layer().weight.device
-        self.parsp_rows[name] = torch.zeros(0, dtype=torch.int32, device=device)
-        self.parsp_delta[name] = torch.zeros(0, self.width, device=device)
-        core = torch.arange(size) * self.neurons // size
-        self.begin(name, core, None, torch.Generator().manual_seed(0))
+        # A saved adapter tells its sizes; what is in them comes with its state.
+        saved = self.key in config.sizes
+        rows, core, columns = config.sizes[self.key] if saved else (0, size, 0)
+        self.parsp_rows[name] = torch.arange(rows, dtype=torch.int32, device=device)
+        self.parsp_delta[name] = torch.zeros(rows, self.width, device=device)
+        spread = torch.arange(core) if saved else torch.arange(core) * self.neurons // core
+        width = self._basis_width(spread)
+        basis = Basis(torch.zeros(width, columns), columns)
+        self.begin(name, spread, basis, torch.Generator().manual_seed(0))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     # ------------------------------------------------------------------ a task
@@ -98,11 +104,19 @@ class RowDelta(nn.Module, BaseTunerLayer):
         """
         config, device = self.configs[name], self.parsp_delta[name].device
         basis = basis or Basis.empty(self._basis_width(core))
-        core, old = core.to(device, torch.int32).sort().values, self.parsp_rows[name]
-        rows = torch.cat([old, core]).unique() if len(old) else core.clone()
-        delta = self.parsp_delta[name].new_zeros(len(rows), self.width)
+        core, old, learned = (
+            core.to(device, torch.int32).sort().values,
+            self.parsp_rows[name],
+            self.parsp_delta[name],
+        )
         if len(old):
-            delta[torch.searchsorted(rows, old)] = self.parsp_delta[name]
+            # Neurons of a core that learned nothing are forgotten.
+            changed = learned.any(1)
+            old, learned = old[changed], learned[changed]
+        rows = torch.cat([old, core]).unique() if len(old) else core.clone()
+        delta = learned.new_zeros(len(rows), self.width)
+        if len(old):
+            delta[torch.searchsorted(rows, old)] = learned
         self.parsp_rows[name], self.parsp_delta[name], self.parsp_core[name] = rows, delta, core
         self.parsp_basis[name] = basis.matrix.to(device, delta.dtype)
         self.parsp_complement[name] = torch.tensor(basis.complement, device=device)
@@ -115,6 +129,11 @@ class RowDelta(nn.Module, BaseTunerLayer):
             self._train("parsp_theta_B", name, delta.new_zeros(len(core), rank), len(core))
         else:
             self._train("parsp_theta", name, delta.new_zeros(len(core), self.width), len(core))
+        self._note_sizes(name)
+
+    def _note_sizes(self, name: str) -> None:
+        sizes = [len(self.parsp_rows[name]), len(self.parsp_core[name]), self.parsp_basis[name].shape[1]]
+        self.configs[name].sizes[self.key] = sizes
 
     def _train(self, store: str, name: str, value: torch.Tensor, size: int) -> None:
         # A tensor without elements has nothing to train, and some optimizers and wrappers stumble over it.
@@ -154,13 +173,16 @@ class RowDelta(nn.Module, BaseTunerLayer):
         return delta.index_add(0, places, self.projected(name).to(delta.dtype))
 
     def get_delta_weight(self, name: str) -> torch.Tensor:
-        """Return the change of the whole weight, in the orientation of ``nn.Linear`` (out x in)."""
+        """Return the change of the whole weight, in the base weight's own orientation."""
         total = self.total(name)
         dense = total.new_zeros(self.neurons, self.width)
-        return self._oriented(dense.index_copy(0, self.parsp_rows[name].long(), total))
+        dense = dense.index_copy(0, self.parsp_rows[name].long(), total)
+        return dense.T if self._transposed else dense
 
-    def _oriented(self, by_neuron: torch.Tensor) -> torch.Tensor:
-        return by_neuron
+    @property
+    def _transposed(self) -> bool:
+        """Return whether a neuron is a column of the base weight's memory."""
+        return isinstance(self.get_base_layer(), Conv1D)
 
     # ------------------------------------------------------------------ forward
 
@@ -228,8 +250,7 @@ class RowDelta(nn.Module, BaseTunerLayer):
                 f"PaRSP: a change cannot be merged into the quantised weight of a {type(layer).__name__}; keep the "
                 f"adapter beside it, or merge into the unquantised model"
             )
-        weight = layer.weight.data
-        return weight.T if isinstance(layer, Conv1D) else weight
+        return layer.weight.data.T if self._transposed else layer.weight.data
 
     # ------------------------------------------------------------------ precision and devices
 
@@ -277,8 +298,9 @@ class ColumnDelta(RowDelta):
     def _project(self, theta: torch.Tensor, basis: torch.Tensor, complement: bool) -> torch.Tensor:
         return project(theta.T, basis, complement).T
 
-    def _oriented(self, by_neuron: torch.Tensor) -> torch.Tensor:
-        return by_neuron.T
+    @property
+    def _transposed(self) -> bool:
+        return not super()._transposed
 
     def _add_change(
         self, y: torch.Tensor, x: torch.Tensor, total: torch.Tensor, rows: torch.Tensor
@@ -286,23 +308,23 @@ class ColumnDelta(RowDelta):
         change = (x.index_select(-1, rows).to(total.dtype) @ total).to(y.dtype)
         return y.add_(change) if self._plain else y + change
 
-    def _by_neuron(self) -> torch.Tensor:
-        return super()._by_neuron().T
-
 
 def _wide(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _take_shapes(module: Any, state: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+def _take_shapes(layer: Any, state: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """Before a state is loaded: give every tensor the shape of the one that replaces it."""
     for store in (*_TRAINED, *_KEPT):
-        values = getattr(module, store)
+        values = getattr(layer, store)
         for name in list(values.keys()):
             new = state.get(f"{prefix}{store}.{name}")
             if new is None or new.shape == values[name].shape:
                 continue
             if store in _TRAINED:
+                # The same parameter: an optimizer may hold it.
                 values[name].data = values[name].data.new_zeros(new.shape)
             else:
                 values[name] = values[name].new_zeros(new.shape)
+    for name in layer.configs:
+        layer._note_sizes(name)

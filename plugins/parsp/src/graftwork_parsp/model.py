@@ -44,7 +44,7 @@ class ParspModel(BaseTuner):
                 target.add(adapter_name, peft_config)
                 return
             kind = ColumnDelta if _ends_with(current_key, peft_config.column_modules or []) else RowDelta
-            layer = kind(target, adapter_name, peft_config)
+            layer = kind(target, adapter_name, peft_config, current_key)
         except (ValueError, TypeError) as error:
             raise ValueError(f"'{current_key}': {error}") from error
         if adapter_name not in self.active_adapters:
@@ -52,9 +52,10 @@ class ParspModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        # Every adapter writes its own sizes into its config.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config.sizes = dict(config.sizes)
         if config.target_modules is None:
-            config = self.peft_config[adapter_name] = copy.copy(config)
             set_targets(config, find_mlps(model, config.neurons))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 

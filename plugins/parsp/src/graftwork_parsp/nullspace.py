@@ -55,7 +55,7 @@ def top_directions(moment: torch.Tensor, eps: float) -> Basis:
     k = _smallest(values, values.sum(), eps)
     complement = 2 * k > d
     chosen = vectors[:, k:] if complement else vectors[:, :k]
-    return Basis(_orthonormal(chosen).float(), k, complement)
+    return Basis(_stored(chosen), k, complement)
 
 
 def _smallest(values: torch.Tensor, total: torch.Tensor, eps: float) -> int:
@@ -66,9 +66,13 @@ def _smallest(values: torch.Tensor, total: torch.Tensor, eps: float) -> int:
     return int(enough.int().argmax()) if bool(enough.any()) else len(values)
 
 
-def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
-    """Return an orthonormal basis of the same span; QR once, against what the eigensolver leaves."""
-    return torch.linalg.qr(vectors).Q if vectors.shape[1] else vectors
+def _stored(vectors: torch.Tensor) -> torch.Tensor:
+    """Return an orthonormal basis of the same span in fp32; QR once, against what the eigensolver leaves.
+
+    Laid out as a checkpoint gives it back, since products depend on that in their last bits.
+    """
+    basis = torch.linalg.qr(vectors).Q if vectors.shape[1] else vectors
+    return basis.float().contiguous()
 
 
 @dataclass
@@ -118,7 +122,7 @@ class Sketch:
             total = values.sum()
         k = _smallest(values, total, eps)
         kept = bool(total - values[:k].sum() <= eps * total + resolution)
-        return Basis(_orthonormal(vectors[:, :k]).float(), k), kept
+        return Basis(_stored(vectors[:, :k]), k), kept
 
 
 def _rows_eigen(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

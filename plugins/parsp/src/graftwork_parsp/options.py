@@ -45,7 +45,8 @@ class ParspOptions(BaseModel):
         "none", description="columns: the core's columns of the output projection train too"
     )
     calibration: str | None = Field(
-        None, description="absolute path of a general text (.txt or .jsonl) that counts as a task before the first"
+        None,
+        description="absolute path of a general text (.txt or .jsonl) that counts as a task before the first",
     )
     calibration_windows: int = Field(256, ge=1, description="windows of 128 tokens read of it")
     relevance_items: int = Field(128, ge=1, description="items of a task that relevance is measured on")

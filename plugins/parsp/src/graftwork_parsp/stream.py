@@ -338,4 +338,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _row(layer: Capacity) -> dict[str, Any]:
-    return {"layer": layer.layer, "used": layer.used, "overlap": layer.overlap, "directions": layer.directions}
+    return {
+        "layer": layer.layer,
+        "used": layer.used,
+        "overlap": layer.overlap,
+        "directions": layer.directions,
+    }
