@@ -85,14 +85,17 @@ class RowDelta(nn.Module, BaseTunerLayer):
         self.configs[name] = config
         device = self.get_base_layer().weight.device
         # A saved adapter tells its sizes; what is in them comes with its state.
-        saved = self.key in config.sizes
-        rows, core, columns = config.sizes[self.key] if saved else (0, size, 0)
-        self.parsp_rows[name] = torch.arange(rows, dtype=torch.int32, device=device)
-        self.parsp_delta[name] = torch.zeros(rows, self.width, device=device)
+        saved = config.sizes.get(self.key)
+        rows, core, columns = saved or (0, size, 0)
+        self.parsp_rows[name] = torch.zeros(0, dtype=torch.int32, device=device)
+        self.parsp_delta[name] = torch.zeros(0, self.width, device=device)
         spread = torch.arange(core) if saved else torch.arange(core) * self.neurons // core
-        width = self._basis_width(spread)
-        basis = Basis(torch.zeros(width, columns), columns)
+        basis = Basis(torch.zeros(self._basis_width(spread), columns), columns)
         self.begin(name, spread, basis, torch.Generator().manual_seed(0))
+        if saved:
+            self.parsp_rows[name] = torch.arange(rows, dtype=torch.int32, device=device)
+            self.parsp_delta[name] = torch.zeros(rows, self.width, device=device)
+            self._note_sizes(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     # ------------------------------------------------------------------ a task

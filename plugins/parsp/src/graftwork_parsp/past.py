@@ -26,8 +26,8 @@ _SAMPLE = 4096
 class Past:
     """Statistics of the tasks so far, the calibration text among them as the task :data:`CALIBRATION`.
 
-    ``full`` (d x d), ``sketch`` and ``columns`` are sums over tasks of their means, by MLP; ``shares`` (m, R~), ``cores``
-    and ``taken`` (k, the protected directions afterwards) have one entry per task, by MLP.
+    ``full`` (d x d), ``sketch`` and ``columns`` are sums over tasks of their means, by MLP. ``shares`` (m, R~),
+    ``cores`` and ``taken`` (k, the protected directions afterwards) have one entry per task, by MLP.
     """
 
     base: torch.Tensor

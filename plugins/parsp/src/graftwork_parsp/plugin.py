@@ -48,8 +48,8 @@ class Parsp:
                 )
         if options.mode == "gradient" and job.adapter:
             raise UserError(
-                "plugin 'parsp' with mode: gradient trains the model's own weights; remove 'adapter' from the recipe, or "
-                "set plugins.parsp.mode: adapter"
+                "plugin 'parsp' with mode: gradient trains the model's own weights; remove 'adapter' from the recipe, "
+                "or set plugins.parsp.mode: adapter"
             )
         if options.calibration is not None:
             path = Path(options.calibration)

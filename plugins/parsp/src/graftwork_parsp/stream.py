@@ -162,9 +162,9 @@ class Stream:
         self.moment_items, tokens = _items_for(trainer.train_dataset, 4 * width, self.options.moment_items)
         if tokens < width:
             raise UserError(
-                f"task '{task.name}' has {tokens} tokens for the second moments of {width} inputs, and fewer tokens than "
-                f"inputs leave a null space that is an artefact; give it more items, raise plugins.parsp.moment_items, "
-                f"or set plugins.parsp.null_space: false"
+                f"task '{task.name}' has {tokens} tokens for the second moments of {width} inputs, and with fewer "
+                f"tokens than inputs the null space is an artefact; give it more items, raise "
+                f"plugins.parsp.moment_items, or set plugins.parsp.null_space: false"
             )
         if tokens < 4 * width:
             self._warn(
