@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from graftwork.data.layouts import RawTask
 from graftwork.data.options import DataOptions
-from graftwork.data.prompts import classification_prompt, cut_words, leaks, render
+from graftwork.data.prompts import classification_prompt, cut_words, leaks, render, without_middle
 from graftwork.data.stream import build_stream, held_out_tasks
 from graftwork.errors import UserError
 from graftwork.testing.data import tiny_stream
 from graftwork.testing.models import tiny_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -224,3 +224,21 @@ def test_held_out_tasks_are_not_in_the_stream(tmp_path: Path) -> None:
     (tmp_path / "G1/metal/test.json").unlink()
     with pytest.raises(UserError, match="has no test items"):
         held_out_tasks(chosen, ["metal"], seed=0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(min_size=1, max_size=80), st.integers(1, 40))
+def test_a_long_prompt_without_a_sentence_loses_its_middle(prompt: str, limit: int) -> None:
+    tokenizer = tiny_tokenizer()
+    cut = without_middle(prompt, limit, tokenizer)
+    tokens = len(tokenizer(cut)["input_ids"])
+    if len(tokenizer(prompt)["input_ids"]) <= limit:
+        assert cut == prompt
+    else:
+        # One character can be four byte tokens; the last one is never taken away.
+        assert tokens <= limit or len(cut) == 1
+        head = len(cut) - len(cut) // 2
+        assert prompt.startswith(cut[:head])
+        assert prompt.endswith(cut[head:])
+        wider = prompt[: head + 1] + prompt[len(prompt) - len(cut) // 2 - 1 :]
+        assert len(tokenizer(wider)["input_ids"]) > limit

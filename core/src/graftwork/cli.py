@@ -34,6 +34,12 @@ _dry = click.option(
     is_flag=True,
     help="Resolve everything, report parameters, memory and steps; read no weights or data.",
 )
+_gpus = click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="What --dry-run counts with.  [default: as many as the launcher starts, else 1]",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -65,6 +71,7 @@ def cli(debug: bool) -> None:
 @_resume
 @_versions
 @_dry
+@_gpus
 def train(**options: Any) -> None:
     """Train a model on one task or on a stream of tasks."""
     from graftwork.commands.training import train
@@ -82,6 +89,7 @@ def train(**options: Any) -> None:
 @_resume
 @_versions
 @_dry
+@_gpus
 def run(**options: Any) -> None:
     """Run RECIPE: a YAML file, or <plugin>:<recipe> for one that an installed plugin ships.
 

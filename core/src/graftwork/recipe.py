@@ -1,7 +1,7 @@
 """The recipe: what a run is made of, as YAML with ``--set dotted.key=value`` on top.
 
 A recipe holds the settings that all its steps share (``model``, ``data``, ``adapter``, ``plugins``,
-``algorithm``, ``train``, ``evaluate``, ``seed``), the ``steps`` (each with its own overrides),
+``algorithm``, ``train``, ``per_task``, ``evaluate``, ``seed``), the ``steps`` (each with its own overrides),
 ``repeat`` (settings to vary, such as seeds and task orders), ``sizes`` (named sets of overrides) and
 ``expect`` (the claims that the results must show). A recipe without steps is one training job.
 """
@@ -23,7 +23,7 @@ from graftwork.data.options import DataOptions
 from graftwork.errors import UserError, did_you_mean
 from graftwork.validation import first_problem, problem_path
 
-SHARED_KEYS = ("model", "data", "adapter", "plugins", "algorithm", "train", "evaluate", "seed")
+SHARED_KEYS = ("model", "data", "adapter", "plugins", "algorithm", "train", "per_task", "evaluate", "seed")
 RECIPE_KEYS = ("title", "steps", "repeat", "sizes", "expect")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -101,10 +101,15 @@ class Job(BaseModel):
         None, description="fields of PEFT's config class, with peft_type, and policy: shared|stacked|separate"
     )
     plugins: dict[str, dict[str, Any]] = Field({}, description="plugin name: its options, in order")
-    algorithm: Literal["sft", "dpo", "grpo", "trainer"] = Field(
-        "sft", description="TRL's SFT, DPO or GRPO trainer, or transformers' own Trainer"
+    algorithm: Literal["sft", "dpo", "grpo", "seq2seq", "trainer"] = Field(
+        "sft",
+        description="TRL's SFT, DPO or GRPO trainer; transformers' Seq2SeqTrainer, for encoder-decoders; or "
+        "transformers' own Trainer",
     )
     train: dict[str, Any] = Field({}, description="fields of the trainer's own config class")
+    per_task: dict[str, dict[str, Any]] = Field(
+        {}, description="task name: how long and how fast it is learned, where that differs from train"
+    )
     evaluate: EvaluateOptions = Field(default_factory=lambda: EvaluateOptions.model_validate({}))
     seed: int = Field(42, ge=0, lt=2**32, description="seed of data, weights and order")
 
@@ -203,6 +208,7 @@ def expand(
         if steps and arm not in steps:
             continue
         merged = deep_merge(base, _normalised({k: v for k, v in step.items() if k != "name"}))
+        _find_beside(merged, Path(document.name).parent)
         for variant, assignments in _variants(frame.repeat):
             settings = copy.deepcopy(merged)
             for path, value in assignments:
@@ -226,6 +232,14 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
         else:
             result[key] = copy.deepcopy(value)
     return result
+
+
+def _find_beside(settings: dict[str, Any], folder: Path) -> None:
+    """Let ``train.deepspeed`` name a file from the recipe's own folder, where it is there."""
+    train = settings.get("train")
+    value = train.get("deepspeed") if isinstance(train, dict) else None
+    if isinstance(value, str) and (folder / value).is_file():
+        settings["train"] = {**settings["train"], "deepspeed": str((folder / value).resolve())}
 
 
 def _with_size(document: yaml_lines.Document, size: str | None) -> tuple[dict[str, Any], str]:

@@ -35,11 +35,12 @@ def train(
     resume: bool,
     allow_other_versions: bool,
     dry_run: bool,
+    gpus: int | None = None,
 ) -> int:
     """Run one training job made from flags."""
     settings = {"model": model, "data": data, "algorithm": algorithm}
     recipe = expand(Document(settings, {}, "train"), sets=sets, plugins=plugins)
-    return _execute(recipe, "train", output, resume, allow_other_versions, dry_run)
+    return _execute(recipe, "train", output, resume, allow_other_versions, dry_run, gpus)
 
 
 def run(
@@ -52,12 +53,13 @@ def run(
     resume: bool,
     allow_other_versions: bool,
     dry_run: bool,
+    gpus: int | None = None,
 ) -> int:
     """Run a recipe and judge its claims; return 0 where all held, else 1."""
     path = locate(recipe)
     expanded = expand(read(path), size=size, sets=sets, plugins=plugins, steps=steps)
     name = recipe.replace(":", "-") if not Path(recipe).exists() else path.stem
-    return _execute(expanded, name, output, resume, allow_other_versions, dry_run)
+    return _execute(expanded, name, output, resume, allow_other_versions, dry_run, gpus)
 
 
 def report(directory: str, markdown: bool) -> None:
@@ -73,8 +75,19 @@ def report(directory: str, markdown: bool) -> None:
 
 
 def _execute(
-    recipe: Recipe, name: str, output: str | None, resume: bool, allow_other_versions: bool, dry_run: bool
+    recipe: Recipe,
+    name: str,
+    output: str | None,
+    resume: bool,
+    allow_other_versions: bool,
+    dry_run: bool,
+    gpus: int | None,
 ) -> int:
+    if gpus is not None and not dry_run:
+        raise UserError(
+            f"--gpus {gpus} is what --dry-run counts with; start a run on several GPUs with torchrun "
+            f"--nproc_per_node {gpus} -m graftwork"
+        )
     for plugin in dict.fromkeys(plugin for spec in recipe.jobs for plugin in spec.job.plugins):
         # Metadata only: a plugin that is not there is told at once, before torch is imported.
         find(plugin)
@@ -86,7 +99,8 @@ def _execute(
         quiet_libraries()
         for arm in recipe.arms:
             variants = [spec for spec in recipe.jobs if spec.arm == arm]
-            describe(variants[0], [spec.variant for spec in variants])
+            count = gpus or int(os.environ.get("WORLD_SIZE", "1"))
+            describe(variants[0], [spec.variant for spec in variants], count)
         return 0
     if resume and output is None:
         raise UserError("--resume needs --output: the directory of the run to go on with")

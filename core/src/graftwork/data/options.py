@@ -32,7 +32,10 @@ class DataOptions(BaseModel):
     draw_seed: int | None = Field(None, ge=0, description="seed of the drawing; the run's seed where not set")
     max_words: int | None = Field(None, ge=1, description="keep the first so many words of a sentence")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="cut the end of a sentence until its whole prompt has at most so many tokens"
+        None,
+        ge=1,
+        description="cut the end of a sentence until its whole prompt has at most so many tokens; a prompt that "
+        "has no sentence loses its middle",
     )
     prompt: Literal["plain", "published", "chat"] = Field(
         "plain",

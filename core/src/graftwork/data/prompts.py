@@ -20,13 +20,16 @@ def render(
 ) -> list[dict[str, Any]]:
     """Return rows with ``prompt`` and ``completion`` (and ``label``) for classification items.
 
-    Items of other forms are returned as they are. Pieces are joined, never formatted: a brace in an
-    instruction stays a brace. ``tokenizer`` is what ``options.max_prompt_tokens`` counts with; without
-    one prompts are not cut by tokens.
+    Items of other forms are returned as they are, but that long prompts of completion items lose their middle.
+    Pieces are joined, never formatted: a brace in an instruction stays a brace. ``tokenizer`` is what
+    ``options.max_prompt_tokens`` counts with; without one prompts are not cut by tokens.
 
     Raises:
         UserError: a prompt is longer than ``max_prompt_tokens`` even without its sentence.
     """
+    if task.form == "completion" and tokenizer is not None and options.max_prompt_tokens is not None:
+        limit = options.max_prompt_tokens
+        return [{**item, "prompt": without_middle(item["prompt"], limit, tokenizer)} for item in items]
     if task.form != "classification":
         return items
     rows = []
@@ -80,6 +83,30 @@ def cut_words(text: str, count: int) -> str:
             position += 1
         seen += 1
     return text
+
+
+def without_middle(prompt: Any, limit: int, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return a prompt of at most ``limit`` tokens: its beginning and its end. Chats are returned as they are.
+
+    What to do stands at the beginning of a long prompt, and what is asked for at its end.
+    """
+
+    def length(text: str) -> int:
+        return len(tokenizer(text, verbose=False)["input_ids"])
+
+    def kept(count: int) -> str:
+        return prompt[: count - count // 2] + prompt[len(prompt) - count // 2 :]
+
+    if not isinstance(prompt, str) or length(prompt) <= limit:
+        return prompt
+    low, high = 1, len(prompt)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if length(kept(middle)) <= limit else (low, middle - 1)
+    # Fewer characters can be more tokens, where two would have merged.
+    while low > 1 and length(kept(low)) > limit:
+        low -= 1
+    return kept(low)
 
 
 def leaks(options: DataOptions) -> list[str]:

@@ -103,8 +103,10 @@ def _task(
         if raw.form not in SCORED or not test:
             notes.append(f"{raw.name}: test items of the form '{raw.form}' without an answer are not scored")
             test = None
-    if raw.form != "classification" and (options.max_words or options.max_prompt_tokens):
-        notes.append(f"{raw.name}: max_words and max_prompt_tokens cut sentences of labelled items only")
+    if raw.form != "classification" and options.max_words:
+        notes.append(f"{raw.name}: max_words cuts sentences of labelled items only")
+    if raw.form not in ("classification", "completion") and options.max_prompt_tokens:
+        notes.append(f"{raw.name}: max_prompt_tokens cuts no items of the form '{raw.form}'")
     train = _draw(train, options.train_items, f"{chosen}/train")
     test = None if test is None else _draw(test, options.test_items, f"{chosen}/test")
     rendered = render(raw, train, options, tokenizer)

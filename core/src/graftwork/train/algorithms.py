@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,14 @@ RESERVED = {
     "resume_from_checkpoint": "--resume",
     "load_best_model_at_end": "nothing: the last step counts, test data never selects a model",
 }
+# How long and how fast a task is learned; what the run is made of stays the same for all.
+PER_TASK = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+)
 
 
 def algorithm(name: str) -> TrainingAlgorithm:
@@ -57,6 +65,26 @@ def check_pairing(name: str, config: Any, data: DataOptions) -> None:
         )
     if name == "seq2seq" and data.prompt == "chat":
         raise UserError("algorithm 'seq2seq' takes prompts and answers as text; set data.prompt to plain")
+
+
+def check_per_task(per_task: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Refuse ``per_task`` where it names no task of the stream, or fields that are one for the whole run.
+
+    Raises:
+        UserError: which, and what it may name.
+    """
+    for task, fields in per_task.items():
+        if task not in names:
+            raise UserError(
+                f"per_task names the task '{task}', which is not in the stream{did_you_mean(task, names)}; "
+                f"it has: {', '.join(names)}"
+            )
+        for field in fields:
+            if field not in PER_TASK:
+                raise UserError(
+                    f"per_task.{task}.{field}: a task may have its own {', '.join(PER_TASK)}; everything else is "
+                    f"in 'train', for all tasks"
+                )
 
 
 def check_fields(config: type[TrainingArguments], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from graftwork.recipe import JobSpec
 from graftwork.run import Run
 from graftwork.train import deepspeed
 from graftwork.train.adapters import AdapterStack, choose, count_parameters
-from graftwork.train.algorithms import algorithm, build_arguments, check_fields, check_pairing
+from graftwork.train.algorithms import algorithm, build_arguments, check_fields, check_pairing, check_per_task
 from graftwork.train.checkpoints import (
     CURRENT,
     STAGE,
@@ -76,6 +76,7 @@ def run_job(
     tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
     tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer, sources=plugins.data_sources(run))
     tasks = arranged(run, tasks)
+    check_per_task(job.per_task, [task.name for task in tasks])
     scores = Scores(run, tasks, tokenizer, console)
     scores.check(plan.meta, plan.adapter)
     with run.locked():
@@ -91,7 +92,8 @@ def check_job(spec: JobSpec) -> None:
     """
     run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
     Plan.make(run)
-    build_stream(spec.job.data, seed=spec.job.seed, sources=run.plugins.data_sources(run))
+    tasks = build_stream(spec.job.data, seed=spec.job.seed, sources=run.plugins.data_sources(run))
+    check_per_task(spec.job.per_task, [task.name for task in tasks])
 
 
 def quiet_libraries() -> None:
@@ -133,7 +135,8 @@ class Plan:
         run.plugins.call("check", run=run)
         from_plugin = run.plugins.call_one("training_algorithm", "a training algorithm", run=run)
         chosen = from_plugin[1] if from_plugin else algorithm(run.job.algorithm)
-        check_fields(chosen.config, run.job.train)
+        for fields in ({}, *run.job.per_task.values()):
+            check_fields(chosen.config, {**run.job.train, **fields})
         deepspeed.check(run.job.train)
         model = run.job.model
         meta = build_meta(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
@@ -289,7 +292,7 @@ class _Stream:
     def _arguments(self, index: int) -> Any:
         return build_arguments(
             self.plan.algorithm.config,
-            self.job.train,
+            {**self.job.train, **self.job.per_task.get(self.tasks[index].name, {})},
             output_dir=str(self.run.stages / CURRENT),
             seed=(self.job.seed + index) % 2**32,
         )

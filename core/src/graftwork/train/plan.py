@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from transformers import PreTrainedModel
 
 from graftwork.data.stream import build_stream
 from graftwork.errors import UserError
+from graftwork.models import is_encoder_decoder
 from graftwork.plugins import Plugins
-from graftwork.recipe import JobSpec
+from graftwork.recipe import Job, JobSpec
 from graftwork.run import Run
 from graftwork.train.adapters import AdapterStack, count_parameters
+from graftwork.train.algorithms import check_per_task
+from graftwork.train.footprint import BYTES, FULL, HALF, Sharding, activations, default, state
 from graftwork.train.job import Plan
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What a prompt is taken to be long where neither the recipe nor the trainer limits it.
+UNLIMITED_PROMPT = 512
 
 
-def dry_run(spec: JobSpec, variants: Sequence[str] = ()) -> None:
+def dry_run(spec: JobSpec, variants: Sequence[str] = (), gpus: int = 1) -> None:
     """Resolve ``spec``, build its model on the meta device, inject its adapter, and print what came out.
 
-    ``variants`` are the seeds, orders and so on that the job will be run with.
+    ``variants`` are the seeds, orders and so on that the job will be run with, ``gpus`` how many it will have.
+
+    Raises:
+        UserError: whatever refuses a job before its weights are read.
     """
     job = spec.job
     run = Run(Path(), job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
     plan = Plan.make(run)
+    if job.data.order:
+        check_per_task(job.per_task, job.data.order)
     model: Any = plan.meta
     if plan.adapter:
         with torch.device("meta"):
@@ -44,8 +52,9 @@ def dry_run(spec: JobSpec, variants: Sequence[str] = ()) -> None:
         ("trainer", plan.algorithm.trainer.__name__),
         ("adapter", _adapter(plan)),
         ("trainable", f"{trainable:,} parameters ({100 * trainable / total:.2f} %)"),
-        *_memory(plan.meta, job.model.dtype, trainable, bool(plan.adapter), job.train),
-        ("steps", _steps(spec, run)),
+        *_memory(plan, job, trainable, total, gpus),
+        ("batch", _batch(job.train, gpus)),
+        ("steps", _steps(job, run, gpus)),
     ]
     for plugin, options in job.plugins.items():
         resolved = run.plugins.objects[plugin]
@@ -55,6 +64,8 @@ def dry_run(spec: JobSpec, variants: Sequence[str] = ()) -> None:
     if len(variants) > 1:
         rows.append(("runs", f"{len(variants)}: {'; '.join(variants)}"))
     rows.append(("train fields", ", ".join(f"{k}={v}" for k, v in job.train.items()) or "all defaults"))
+    for task, fields in job.per_task.items():
+        rows.append((f"for {task}", ", ".join(f"{k}={v}" for k, v in fields.items())))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"  {name.ljust(width)}  {value}")
@@ -67,56 +78,99 @@ def _adapter(plan: Plan) -> str:
     return f"{getattr(kind, 'value', kind)}, {plan.adapter.policy} over tasks"
 
 
-def _memory(
-    meta: torch.nn.Module, dtype: str, trainable: int, adapted: bool, train: dict[str, Any]
-) -> list[tuple[str, str]]:
-    """Estimate memory per process without sharding: weights, trained state, activations.
-
-    Trained state is a gradient and two Adam moments in fp32 per trainable parameter, plus an fp32 copy
-    of adapter parameters. Activations are those of one micro-batch: per token and layer about
-    17 hidden + 3 intermediate widths (what a pre-norm decoder block keeps for its backward pass), and
-    the logits once in fp32 with their gradient; with gradient checkpointing one hidden state per layer.
-    """
-    config = getattr(meta, "config", None)
-    stored = getattr(config, "dtype", None) if dtype == "auto" else None
-    size = BYTES.get(str(stored).removeprefix("torch."), 4) if dtype == "auto" else BYTES[dtype]
-    base = sum(p.numel() for p in meta.parameters() if not p.requires_grad) if adapted else 0
-    weights = (base or sum(p.numel() for p in meta.parameters())) * size
-    state = trainable * (12 + (4 if adapted else 0))
-    rows = [("weights", _gib(weights)), ("trained state", f"{_gib(state)} (gradients, Adam, fp32)")]
-    if not isinstance(meta, PreTrainedModel):
-        return rows
-    text = meta.config.get_text_config()
-    tokens = int(train.get("per_device_train_batch_size", 8)) * int(train.get("max_length") or 1024)
-    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    middle = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    per_layer = hidden if train.get("gradient_checkpointing", True) else 17 * hidden + 3 * middle
-    activations = tokens * (layers * per_layer * size + 8 * int(text.vocab_size))
-    rows.append(("activations", f"at most {_gib(activations)} for {tokens:,} tokens a step (estimate)"))
-    rows.append(
-        ("memory", f"about {_gib(weights + state + activations)} per process, nothing sharded (estimate)")
+def _memory(plan: Plan, job: Job, trainable: int, total: int, gpus: int) -> list[tuple[str, str]]:
+    """Return the rows about memory per GPU; see :mod:`graftwork.train.footprint`."""
+    config: Any = plan.meta.config
+    train, trainer = job.train, plan.algorithm.config
+    bf16, fp16 = default(trainer, train, "bf16"), default(trainer, train, "fp16")
+    # TRL leaves bf16 open and turns it on where fp16 is off.
+    half = bool(fp16) or (not fp16 if bf16 is None else bool(bf16))
+    sharding = Sharding.of(train, gpus, half=half)
+    stored = str(getattr(config, "dtype", None)) if job.model.dtype == "auto" else job.model.dtype
+    size = BYTES.get(stored.removeprefix("torch."), FULL)
+    frozen, note = total - trainable, ""
+    if plan.adapter and plan.adapter.policy != "shared" and len(job.data.order or []) > 1:
+        # The adapters of earlier tasks stay, in the precision they were trained in.
+        count = len(job.data.order or [])
+        frozen += (count - 1) * trainable * FULL // size
+        note = f", with the adapters of {count} tasks"
+    parts = state(
+        frozen,
+        trainable,
+        frozen_bytes=size,
+        # PEFT keeps what it adds in fp32.
+        trained_bytes=FULL if plan.adapter else size,
+        sharding=sharding,
     )
-    return rows
-
-
-def _steps(spec: JobSpec, run: Run) -> str:
-    train, data = spec.job.train, spec.job.data
-    if int(train.get("max_steps", -1)) > 0:
-        count = len(data.order or []) or 1
-        return f"{train['max_steps']} per task, {count} task{'s' if count > 1 else ''}"
-    batch = int(train.get("per_device_train_batch_size", 8)) * int(
-        train.get("gradient_accumulation_steps", 1)
+    batch = int(default(trainer, train, "per_device_train_batch_size") or 8)
+    prompt, answer = _lengths(job, config)
+    most = activations(
+        config,
+        rows=batch,
+        prompt=prompt,
+        answer=answer,
+        checkpointing=bool(default(trainer, train, "gradient_checkpointing")),
+        compute_bytes=HALF if half or size == HALF else FULL,
     )
-    epochs = float(train.get("num_train_epochs", 3))
-    if data.train_items and data.order:
-        each = math.ceil(math.ceil(data.train_items / batch) * epochs)
-        return f"at most {each} per task, {len(data.order)} tasks (from train_items; data not read)"
+    whole = parts.weights + parts.gradients + parts.optimizer + most
+    return [
+        ("weights", _gib(parts.weights) + note),
+        ("gradients", _gib(parts.gradients)),
+        ("optimizer", f"{_gib(parts.optimizer)} (Adam)"),
+        ("activations", f"at most {_gib(most)} for {batch} items of {prompt + answer:,} tokens"),
+        (
+            "memory",
+            f"about {_gib(whole)} per GPU (an estimate: {sharding.words()}; the parts above and nothing else)",
+        ),
+    ]
+
+
+def _lengths(job: Job, config: Any) -> tuple[int, int]:
+    """Return the longest prompt and answer in tokens, as far as the recipe limits them."""
+    answer = job.evaluate.max_new_tokens
+    prompt = job.data.max_prompt_tokens
+    if is_encoder_decoder(config):
+        return prompt or UNLIMITED_PROMPT, answer
+    most = int(job.train.get("max_length") or 1024)
+    return min(most, prompt + answer if prompt else most) - answer, answer
+
+
+def _batch(train: Mapping[str, Any], gpus: int) -> str:
+    each, accumulated = _sizes(train)
+    where = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    return f"{each * accumulated * gpus} items a step: {each} x {accumulated} accumulated x {where}"
+
+
+def _sizes(train: Mapping[str, Any]) -> tuple[int, int]:
+    return int(train.get("per_device_train_batch_size", 8)), int(train.get("gradient_accumulation_steps", 1))
+
+
+def _steps(job: Job, run: Run, gpus: int) -> str:
+    data, order = job.data, job.data.order or []
+    if int(job.train.get("max_steps", -1)) > 0 and not job.per_task:
+        count = len(order) or 1
+        return f"{job.train['max_steps']} per task, {count} task{'s' if count > 1 else ''}"
+    if data.train_items and order:
+        steps = [_of_task(job, name, data.train_items, gpus) for name in order]
+        return f"at most {_sum(steps)} (from train_items; data not read)"
     try:
-        tasks = build_stream(data, seed=spec.job.seed, sources=run.plugins.data_sources(run))
+        tasks = build_stream(data, seed=job.seed, sources=run.plugins.data_sources(run))
     except UserError:
         return "unknown: the data is not on this disk and neither max_steps nor train_items is given"
-    steps = [math.ceil(math.ceil(len(task.train) / batch) * epochs) for task in tasks]
-    return f"{sum(steps)} in {len(tasks)} task{'s' if len(tasks) > 1 else ''} ({', '.join(map(str, steps))})"
+    return _sum([_of_task(job, task.name, len(task.train), gpus) for task in tasks])
+
+
+def _of_task(job: Job, name: str, items: int, gpus: int) -> int:
+    train = {**job.train, **job.per_task.get(name, {})}
+    if int(train.get("max_steps", -1)) > 0:
+        return int(train["max_steps"])
+    each, accumulated = _sizes(train)
+    return math.ceil(math.ceil(items / (each * accumulated * gpus)) * float(train.get("num_train_epochs", 3)))
+
+
+def _sum(steps: Sequence[int]) -> str:
+    plural = "s" if len(steps) > 1 else ""
+    return f"{sum(steps)} in {len(steps)} task{plural} ({', '.join(map(str, steps))})"
 
 
 def _gib(count: float) -> str:
