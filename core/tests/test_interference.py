@@ -18,6 +18,7 @@ from peft import IA3Config, LoraConfig, OFTConfig, PrefixTuningConfig, get_peft_
 from torch import nn
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+QUICK = {"cells": "final"}
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -278,7 +279,7 @@ def test_a_run_has_the_cosines_of_its_saved_weights(
     from safetensors.torch import load_file
 
     adapter = {**LORA, "policy": policy} if policy else None
-    result = run_tiny(tiny_recipe(checkpoint, stream, adapter=adapter), tmp_path / "run")
+    result = run_tiny(tiny_recipe(checkpoint, stream, adapter=adapter, evaluate=QUICK), tmp_path / "run")
     matrix = result["interference"]
     assert [len(row) for row in matrix] == [3, 3, 3]
     assert [matrix[k][k] for k in range(3)] == [1, 1, 1]
@@ -317,6 +318,7 @@ def test_resuming_loses_nothing(policy: str, checkpoint: Path, stream: Path, tmp
         stream,
         adapter={**LORA, "policy": policy},
         train={"save_strategy": "steps", "save_steps": 2, "max_steps": 5},
+        evaluate=QUICK,
     )
     whole = run_tiny(recipe, tmp_path / "a")
     with pytest.MonkeyPatch.context() as patch:
@@ -342,7 +344,7 @@ def test_resuming_loses_nothing(policy: str, checkpoint: Path, stream: Path, tmp
 
 def test_the_reason_survives_a_resumed_run(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
     dora = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "use_dora": True}
-    recipe = tiny_recipe(checkpoint, stream, adapter=dora, train={"max_steps": 1})
+    recipe = tiny_recipe(checkpoint, stream, adapter=dora, train={"max_steps": 1}, evaluate=QUICK)
     whole = run_tiny(recipe, tmp_path / "run")
     assert whole["interference"] == []
     assert sum("cosines between the updates" in note for note in whole["notes"]) == 1
@@ -352,7 +354,7 @@ def test_the_reason_survives_a_resumed_run(checkpoint: Path, stream: Path, tmp_p
 
 def test_it_can_be_turned_off(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(
-        checkpoint, stream, adapter=LORA, train={"max_steps": 1}, evaluate={"interference": False}
+        checkpoint, stream, adapter=LORA, train={"max_steps": 1}, evaluate={**QUICK, "interference": False}
     )
     result = run_tiny(recipe, tmp_path / "run")
     assert result["interference"] == []
@@ -367,7 +369,9 @@ def test_costs_are_in_the_result_and_survive_a_resumed_run(
     checkpoint: Path, stream: Path, tmp_path: Path
 ) -> None:
     """Adapters of every task kept: their size is that of the files, and grows with the tasks."""
-    recipe = tiny_recipe(checkpoint, stream, adapter={**LORA, "policy": "stacked"}, train={"max_steps": 1})
+    recipe = tiny_recipe(
+        checkpoint, stream, adapter={**LORA, "policy": "stacked"}, train={"max_steps": 1}, evaluate=QUICK
+    )
     whole = run_tiny(recipe, tmp_path / "run")
     stages = sorted((tmp_path / "run/stages").iterdir())
     sizes = [sum(p.stat().st_size for p in (stage / "model").rglob("*.safetensors")) for stage in stages]
@@ -381,7 +385,7 @@ def test_costs_are_in_the_result_and_survive_a_resumed_run(
         whole[key] for key in ("adapter_bytes", "statistics_seconds")
     ]
     shutil.rmtree(tmp_path / "run")
-    full = run_tiny(tiny_recipe(checkpoint, stream, train={"max_steps": 1}), tmp_path / "run")
+    full = run_tiny(tiny_recipe(checkpoint, stream, train={"max_steps": 1}, evaluate=QUICK), tmp_path / "run")
     assert full["adapter_bytes"] == 0
 
 
@@ -421,6 +425,7 @@ def test_time_around_a_task_is_counted_once(
         adapter=LORA,
         plugins={"slow": {}},
         train={"save_strategy": "steps", "save_steps": 1, "max_steps": 2},
+        evaluate=QUICK,
     )
     original = job._Stream._write_stage
 
