@@ -43,16 +43,16 @@ def project(theta: torch.Tensor, matrix: torch.Tensor, complement: bool) -> torc
 def top_directions(moment: torch.Tensor, eps: float) -> Basis:
     """Return the smallest leading eigenspace of ``moment`` (d x d) outside of which lies at most ``eps`` of its energy.
 
-    Decomposed in float64 on the moment's device. Eigenvalues below the resolution of the moment's own dtype
-    count as 0, so that with eps = 0 exactly the span of the inputs is protected.
+    Decomposed in float64 on the moment's device. Directions below the resolution of the moment's own dtype are
+    never protected, so that with eps = 0 it is the span of the inputs and not all of space.
     """
     symmetric = moment.double()
     symmetric = (symmetric + symmetric.T) / 2
     values, vectors = torch.linalg.eigh(symmetric)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    values = values * (values > torch.finfo(moment.dtype).eps * values[0])
     d = len(values)
-    k = _smallest(values, values.sum(), eps)
+    rank = int((values > 16 * torch.finfo(moment.dtype).eps * values[0]).sum())
+    k = min(_smallest(values, values.sum(), eps), rank)
     complement = 2 * k > d
     chosen = vectors[:, k:] if complement else vectors[:, :k]
     return Basis(_stored(chosen), k, complement)
