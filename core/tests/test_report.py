@@ -324,6 +324,11 @@ def test_figures_without_anything_to_draw_are_empty() -> None:
     assert [draw([bare]) for draw in (plots.bars, plots.loss_curves, plots.general_ability)] == [""] * 3
 
 
+def test_bars_of_nothing_have_an_axis_in_points() -> None:
+    svg = plots.bars([job(name, metrics={"ap": 0.0, "bwt": -1e-20}) for name in ("alpha", "beta")])
+    assert "1e" not in "".join(ElementTree.fromstring(svg).itertext())
+
+
 def test_an_arm_keeps_its_colour() -> None:
     numbers = {"alpha": 0, "beta": 1}
     assert "--series-2" in plots.loss_curves([job("beta")], numbers)
@@ -449,7 +454,7 @@ def test_cosines_are_means_over_runs_of_later_with_earlier_tasks() -> None:
 def test_colours_of_cosines_are_centred_at_zero_and_shared_by_the_page() -> None:
     jobs = [with_cosines(-0.2), with_cosines(0.55, 1, "beta")]
     assert cosines.scale(jobs) == 0.6
-    assert cosines.scale([with_cosines(0.01)]) == cosines.SMALLEST_SCALE
+    assert cosines.scale([with_cosines(0.01)]) == cosines.SMALLEST_SCALE == 0.3
     texts = list(ElementTree.fromstring(cosines.heat_maps(jobs[:1], 0.6)).itertext())
     assert {"\N{MINUS SIGN}0.6", "0.0", "0.6"} <= set(texts)
 
@@ -460,6 +465,7 @@ def test_the_page_says_what_the_cosines_mean_and_their_error() -> None:
     assert "How the tasks' updates point" in page.words
     assert "a standard error of at most 0.02" in page.words
     assert ".40" in page.words
+    assert "Not known for beta, gamma;" in page.words
     assert "updates point" not in checked(render(result(*unknown))).words
 
 

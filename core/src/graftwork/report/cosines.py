@@ -11,7 +11,7 @@ import matplotlib as mpl
 from graftwork.report.canvas import PAPER, WIDTH, grid, name, readable_on, styled, svg
 from graftwork.report.summary import Job, Matrix, by_arm, by_order, finite, mean
 
-SMALLEST_SCALE = 0.1
+SMALLEST_SCALE = 0.3
 """Colours reach their ends here at least: differences within the error must not look like much."""
 
 

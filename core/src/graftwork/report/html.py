@@ -217,7 +217,12 @@ class _Page:
             "directions of its own; \N{MINUS SIGN}1: it took the earlier change back."
         )
         limit = cosines.scale(jobs)
-        return self.per_order(jobs, lambda jobs: cosines.heat_maps(jobs, limit), caption + error, *HEAT_MAPS)
+        drawn = self.per_order(jobs, lambda jobs: cosines.heat_maps(jobs, limit), caption + error, *HEAT_MAPS)
+        unknown = [arm for arm in by_arm(self.jobs) if arm not in by_arm(jobs)]
+        words = (
+            f"Not known for {', '.join(unknown)}; notes below 'Every run' say why, where it was asked for."
+        )
+        return drawn + _note(words) if drawn and unknown else drawn
 
     def losses(self) -> str:
         caption = (

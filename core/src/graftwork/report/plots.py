@@ -212,6 +212,7 @@ def bars(jobs: Sequence[Job], numbers: Mapping[str, int] | None = None) -> str:
             axis.set_title(title + ("\n" if base is not None else ""))
             axis.grid(axis="y", visible=False)
             axis.margins(x=0.12)
+            _keep_small_small(axis, None)
         axes[0].set_yticks(range(len(arms)), [name(arm) for arm in arms])
         axes[0].set_ylim(len(arms) - 0.45, -0.55)
         return svg(figure)
