@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer
 
 from graftwork.errors import UserError, did_you_mean
 from graftwork.hookspecs import Adapter
@@ -145,6 +146,7 @@ class AdapterStack:
         if self.policy == "stacked" and len(self.names) > 1 and self._is_lora():
             ones = [1.0] * len(self.names)
             self.model.add_weighted_adapter(self.names, ones, "default", combination_type="cat")
+            _keep_precision(self.model, self.names)
             self.model.save_pretrained(str(folder), selected_adapters=["default"])
             self._name_base(folder)
             self.model.delete_adapter("default")
@@ -182,6 +184,25 @@ class AdapterStack:
         if self.policy != "shared":
             for other in self.names:
                 self.model.set_requires_grad(other, other == trains)
+
+
+def _keep_precision(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Fill the joined adapter ``default`` again, in the precision of its parts: PEFT makes it in the base's."""
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
+            continue
+        layer: Any = module
+        parts = [name for name in names if name in layer.lora_A]
+        joined = {
+            "lora_A": torch.cat([layer.lora_A[name].weight * layer.scaling[name] for name in parts], 0),
+            "lora_B": torch.cat([layer.lora_B[name].weight for name in parts], 1),
+        }
+        for factor, values in joined.items():
+            weight = getattr(layer, factor)["default"].weight
+            # Where ranks differ between layers, PEFT gives all of them the largest and leaves the rest zero.
+            whole = torch.zeros(weight.shape, dtype=values.dtype, device=weight.device)
+            whole[: values.shape[0], : values.shape[1]] = values.detach()
+            weight.data = whole
 
 
 def adapter_name(task_name: str) -> str:
