@@ -157,11 +157,13 @@ def test_tokens_that_melt_at_the_border() -> None:
     asked = question(melting, "aab", ["x", "y"])
     assert (asked.prompt, asked.answers) == ([1, 1], ((7, 0), (6, 4, 0)))
     model = tiny_model(dtype=torch.float64)
-    prompts = ["aab", "aaa", "ab"]
+    prompts = ["aab", "aaa", "ab", "aa"]
+    batches: list[int] = []
     naive = naive_label_likelihoods(model, melting, prompts, ["x", "y"])
-    torch.testing.assert_close(
-        label_likelihoods(model, melting, prompts, ["x", "y"]), naive, rtol=0, atol=1e-10
-    )
+    found = label_likelihoods(model, melting, prompts, ["x", "y"], progress=batches.append)
+    torch.testing.assert_close(found, naive, rtol=0, atol=1e-10)
+    # Those that end in b have other answers than those that end in a, and each kind is one batch.
+    assert batches == [2, 2]
     with pytest.raises(UserError, match="no first token in common"):
         question(melting, "b", ["x", "y"])
 
@@ -169,9 +171,13 @@ def test_tokens_that_melt_at_the_border() -> None:
 def test_prompts_are_read_once_and_shared_beginnings_too() -> None:
     model = tiny_model()
     seen: list[tuple[int, ...]] = []
-    hook = model.model.embed_tokens.register_forward_pre_hook(
-        lambda module, args: seen.append(tuple(args[0].shape))
-    )
+
+    def look(module: Any, args: Any, inputs: dict[str, Any]) -> None:
+        seen.append(tuple(inputs["input_ids"].shape))
+        behind = inputs["past_key_values"].get_seq_length()
+        assert inputs["attention_mask"].shape[1] == behind + inputs["input_ids"].shape[1]
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
     label_likelihoods(model, TOKENIZER, ["abc", "a"], ["xz", "xy", "x", "w"])
     hook.remove()
     # The prompt; " w"; "x" (the blank is there); "y" after it; "z" in its place. Ends are predicted, not read.
