@@ -68,7 +68,7 @@ class EvaluateOptions(BaseModel):
     scoring: Literal["generate", "likelihood"] = Field(
         "generate",
         description="what the model writes must be the answer (the papers' exact match); or the likeliest label "
-        "counts, which is faster",
+        "is the answer",
     )
     candidates: Literal["task", "seen"] = Field(
         "task",
