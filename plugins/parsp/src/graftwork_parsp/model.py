@@ -130,13 +130,15 @@ def fold(model: nn.Module, adapter: str | None = None) -> None:
 
 @torch.no_grad()
 def kept_share(model: nn.Module, adapter: str | None = None) -> float:
-    """Return |Theta P| / |Theta| over all layers, 1 where nothing has been learned yet."""
+    """Return |Theta P| / |Theta| over all layers; where nothing was learned: 0 if no direction was free, else 1."""
     name = adapter or active_adapter(model)
     whole = kept = 0.0
+    free = False
     for layer in layers_of(model, name).values():
         whole += layer.theta(name).square().sum().item()
         kept += layer.projected(name).square().sum().item()
-    return (kept / whole) ** 0.5 if whole else 1.0
+        free = free or not layer.parsp_complement[name] or layer.parsp_basis[name].numel() > 0
+    return (kept / whole) ** 0.5 if whole else float(free)
 
 
 def _ends_with(key: str, endings: list[str]) -> bool:
