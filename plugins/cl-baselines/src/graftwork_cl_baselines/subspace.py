@@ -81,6 +81,6 @@ class Subspace:
         covered = (total - squares.sum() + torch.cat([squares.new_zeros(1), squares.cumsum(0)])) / total
         # Rounding may leave the last sum just below 1; all of them cover everything.
         needed = int((covered[:-1] < threshold).sum()) if total > 0 else 0
-        if self.size + needed > len(self.basis) / 2:
+        if self.complement or self.size + needed > len(self.basis) / 2:
             return Subspace(vectors[:, needed:].float(), complement=True)
         return Subspace(torch.cat([self.basis.double(), vectors[:, :needed]], 1).float())
