@@ -176,9 +176,9 @@ def shared_inputs(trainer: Trainer) -> dict[str, list[str]]:
     try:
         with evaluating(model):
             batch = next(batches)
-            inputs = {
-                key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch
-            }
+            # An encoder-decoder makes its decoder's inputs of the labels.
+            keys = ("input_ids", "attention_mask", "position_ids", "labels")
+            inputs = {key: batch[key] for key in keys if key in batch}
             model(**inputs, use_cache=False)
     finally:
         batches.close()
