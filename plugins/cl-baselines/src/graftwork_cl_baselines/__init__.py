@@ -1,1 +1,1 @@
-"""Baselines that every continual-learning method is compared with: replay and O-LoRA."""
+"""Baselines that every continual-learning method is compared with: replay, multi-task, EWC, LwF, LoRA per task."""

@@ -1,6 +1,6 @@
 """Subspaces of a layer's inputs: what old tasks used, what is still free, and how a task extends it.
 
-The rules are those of InfLoRA (Liang and Li, CVPR 2024) and of DualGPM (Liang and Li, NeurIPS 2023) within it.
+The rules are those of InfLoRA (Liang and Li, CVPR 2024) and of DualGPM (Liang and Li, CVPR 2023) within it.
 All decompositions are done in float64.
 """
 
@@ -64,7 +64,7 @@ class Subspace:
     def project_out(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``rows`` (r x d) without their part in M, each rescaled to norm 1/sqrt 3.
 
-        GainLoRA's plain InfLoRA (Liang and Li, 2025) chooses A so.
+        GainLoRA's plain InfLoRA (Liang et al., 2025) chooses A so.
         """
         free = self.free()
         left = rows.double() @ free @ free.T
