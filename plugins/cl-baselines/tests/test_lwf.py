@@ -21,6 +21,7 @@ from graftwork_cl_baselines.lwf import Lwf, LwfOptions
 from graftwork_cl_baselines.quadratic import trained_parameters
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
 ADAPTERS = {"lora": LORA, "full": None}
@@ -267,6 +268,15 @@ def test_models_that_change_their_logits_are_refused() -> None:
         assert "\n" not in str(caught.value)
         setattr(model.config, field, 1.0)
         assert Lwf(LwfOptions()).adapter_config(run, model) is None
+
+
+def test_encoder_decoders_are_refused() -> None:
+    """Their labels stand where they are predicted, not one further, and some scale what enters the head."""
+    run = SimpleNamespace(job=SimpleNamespace(model=SimpleNamespace(ref="some/model")))
+    model = SimpleNamespace(config=AutoConfig.for_model("t5"))
+    with pytest.raises(UserError, match="'some/model' is an encoder-decoder") as caught:
+        Lwf(LwfOptions()).adapter_config(run, model)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_no_hidden_state_can_tell_is_refused() -> None:

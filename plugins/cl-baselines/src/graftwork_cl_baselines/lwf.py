@@ -59,6 +59,11 @@ class Lwf:
 
     @hookimpl
     def adapter_config(self, run: Run, model: PreTrainedModel) -> None:
+        if model.config.is_encoder_decoder:
+            raise UserError(
+                f"plugin 'lwf' distils decoders, and model '{run.job.model.ref}' is an encoder-decoder; choose "
+                f"another model or leave the plugin out"
+            )
         field = scaled_logits(model.config)
         if field is not None:
             raise UserError(
