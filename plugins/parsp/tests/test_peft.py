@@ -195,3 +195,28 @@ def test_the_method_is_registered_once() -> None:
     member = register(name="PARSP", config_cls=ParspConfig, model_cls=ParspModel, prefix="parsp_")
     assert member is PeftType("PARSP")
     assert isinstance(get_peft_model(tiny_model(), ParspConfig(density=0.5)).base_model, ParspModel)
+
+
+def test_the_readme_s_loop_runs(batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, on a tiny model; the second task lies outside of what the first one's inputs span."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    losses = []
+
+    def train(model: PeftModel, batches: list[dict[str, torch.Tensor]]) -> None:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = model(**batches[0]).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+    tasks = {"one": [batch], "two": [{key: value.flip(0) for key, value in batch.items()}]}
+    names = {"base": tiny_model(), "tasks": tasks, "train": train}
+    exec(code, names)
+    assert losses[3] < losses[0]
+    assert len(names["history"]) == 2
+    merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+    assert not torch.equal(merged(**batch).logits, tiny_model()(**batch).logits)

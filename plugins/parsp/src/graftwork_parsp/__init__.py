@@ -6,6 +6,7 @@ Importing this package makes ``PARSP`` a method of PEFT: ``get_peft_model(model,
 
 from graftwork_parsp.config import ParspConfig
 from graftwork_parsp.model import ParspModel, begin_region, fold, layers_of
+from graftwork_parsp.moments import collect
 from graftwork_parsp.neurons import find_mlps
 from graftwork_parsp.nullspace import Basis, top_directions
 from graftwork_parsp.regions import map_regions, normalised
@@ -16,6 +17,7 @@ __all__ = [
     "ParspConfig",
     "ParspModel",
     "begin_region",
+    "collect",
     "find_mlps",
     "fold",
     "layers_of",
