@@ -10,6 +10,7 @@ import pytest
 from graftwork import UserError
 from graftwork.recipe import load
 from graftwork.recipes import locate
+from graftwork.testing.models import tiny_checkpoint
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
@@ -52,6 +53,26 @@ def test_a_stack_with_replay_and_distillation(
     run_tiny(tiny_recipe(checkpoint, stream, plugins=both, **shared), tmp_path / "both")
     assert losses(tmp_path / "both")[:3] == losses(tmp_path / "alone")[:3]
     assert all(log["loss/lwf"] > 0 for log in logged(tmp_path / "both")[4:])
+
+
+@pytest.mark.parametrize("method", ["replay", "mtl", "ewc", "lwf", "o-lora", "n-lora", "inf-lora"])
+def test_encoder_decoders(method: str, stream: Path, tmp_path: Path, logged: Callable) -> None:
+    own = method.endswith("lora")
+    recipe = tiny_recipe(
+        tiny_checkpoint(tmp_path / "t5", "t5"),
+        stream,
+        algorithm="seq2seq",
+        plugins={method: {"rank": 2, "target_modules": ["q", "v"]} if own else {}},
+        adapter=None if own else {**LORA, "target_modules": ["q", "v"]},
+        train={"max_steps": 3},
+        evaluate={"cells": "final"},
+    )
+    run_tiny(recipe, tmp_path / "run")
+    logs = logged(tmp_path / "run")
+    assert len(logs) == 6
+    terms = {"ewc": "ewc", "lwf": "lwf", "o-lora": "orth", "n-lora": "sparse"}
+    if method in terms:
+        assert all(log[f"loss/{terms[method]}"] > 0 for log in logs[4:])
 
 
 def test_ewc_and_a_stack_do_not_fit(checkpoint: Path, stream: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,9 +28,12 @@ def scaled_logits(config: Any) -> str | None:
     return next((field for field in SCALES if getattr(text, field, None) not in (None, 1, 1.0)), None)
 
 
-def answers(labels: torch.Tensor) -> torch.Tensor:
-    """Return True (b x l) where a position predicts an answer token: the one after it has a label."""
-    return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+def answers(labels: torch.Tensor, encoder_decoder: bool = False) -> torch.Tensor:
+    """Return True (b x l) where a position predicts an answer token.
+
+    A decoder predicts the label one further on; an encoder-decoder's inputs are shifted already.
+    """
+    return labels != -100 if encoder_decoder else F.pad(labels[:, 1:] != -100, (0, 1))
 
 
 def distance(old: torch.Tensor, new: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -46,38 +49,50 @@ def distance(old: torch.Tensor, new: torch.Tensor, temperature: float) -> torch.
 
 
 class Watch:
-    """Keeps the last hidden state (b x l x d) of the newest forward pass of a model's decoder."""
+    """Keeps what enters the output embedding (b x l x d) in the newest forward pass of a model.
+
+    That is the last hidden state of a decoder, whose trainer may multiply it with the embedding itself, in
+    pieces. An encoder-decoder calls its embedding, and may scale the hidden state before (T5), so there the
+    embedding's own input is taken.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.encoder_decoder = bool(self.base.config.is_encoder_decoder)
         self.last: torch.Tensor | None = None
-        self.handle = self.base.get_decoder().register_forward_hook(self._see)
+        self.handle = self._hook(self._see)
 
-    def _see(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _hook(self, see: Callable[[torch.nn.Module, torch.Tensor], None]) -> Any:
+        if self.encoder_decoder:
+            head = self.base.get_output_embeddings()
+            return head.register_forward_pre_hook(lambda module, args: see(module, args[0]))
+        return self.base.get_decoder().register_forward_hook(lambda module, _, output: see(module, output[0]))
+
+    def _see(self, module: torch.nn.Module, hidden: torch.Tensor) -> None:
         # Other passes, such as generation or another method's statistics, are none of the loss.
         if torch.is_grad_enabled() and module.training:
-            self.last = output[0]
+            self.last = hidden
 
     def close(self) -> None:
         self.handle.remove()
 
     def new_logits(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the logits (n x V) of the training pass just done, at the n answer positions of ``labels``."""
-        hidden, self.last = self.last, None
+        hidden = self.last
         if hidden is None:
             raise UserError(
                 "plugin 'lwf' saw no forward pass of the decoder in this step; the trainer does not call the model "
-                "itself, train with algorithm: sft"
+                "itself, train with algorithm: sft or seq2seq"
             )
-        return self._logits(hidden, labels, self.base.get_output_embeddings())
+        logits = self._logits(hidden, labels, self.base.get_output_embeddings())
+        self.last = None
+        return logits
 
     def old_logits(self, batch: Mapping[str, Any], before: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the same of the model with the parameters ``before``, without dropout and gradients."""
-        caught = []
-        handle = self.base.get_decoder().register_forward_hook(
-            lambda _m, _a, output: caught.append(output[0])
-        )
+        caught: list[torch.Tensor] = []
+        handle = self._hook(lambda _, hidden: caught.append(hidden))
         inputs = {key: batch[key] for key in INPUTS if key in batch}
         try:
             with evaluating(self.model):
@@ -105,5 +120,7 @@ class Watch:
                 f"plugin 'lwf': the model sees {tuple(hidden.shape[:2])} positions and the batch has labels for "
                 f"{tuple(labels.shape)}; an adapter that adds virtual tokens cannot be distilled, take LORA"
             )
-        chosen = hidden[answers(labels)].to(next(head.parameters()).dtype)
-        return torch.func.functional_call(head, dict(changed or {}), (chosen,))
+        chosen = hidden[answers(labels, self.encoder_decoder)].to(next(head.parameters()).dtype)
+        logits = torch.func.functional_call(head, dict(changed or {}), (chosen,))
+        bias = getattr(self.base, "final_logits_bias", None)
+        return logits if bias is None else logits + bias

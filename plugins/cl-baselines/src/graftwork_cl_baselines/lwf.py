@@ -59,11 +59,6 @@ class Lwf:
 
     @hookimpl
     def adapter_config(self, run: Run, model: PreTrainedModel) -> None:
-        if model.config.is_encoder_decoder:
-            raise UserError(
-                f"plugin 'lwf' distils decoders, and model '{run.job.model.ref}' is an encoder-decoder; choose "
-                f"another model or leave the plugin out"
-            )
         field = scaled_logits(model.config)
         if field is not None:
             raise UserError(
@@ -89,7 +84,9 @@ class Lwf:
         """Return the distillation loss of one batch, whose forward pass was just done."""
         assert self.watch is not None
         if batch.get("labels") is None:
-            raise UserError("plugin 'lwf': the trainer's batches have no 'labels'; train with algorithm: sft")
+            raise UserError(
+                "plugin 'lwf': the trainer's batches have no 'labels'; train with algorithm: sft or seq2seq"
+            )
         new = self.watch.new_logits(batch["labels"])
         return distance(self.watch.old_logits(batch, self.before), new, self.options.temperature)
 
