@@ -1,4 +1,4 @@
-"""A slice of a real architecture with SpaRTA or LoRA on it, and its peak memory when run as a script."""
+"""A slice of a real architecture with one method or another on it, and its peak memory when run as a script."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from graftwork import memory
+from graftwork.data.tasks import Task
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job
 from graftwork.run import Run
@@ -30,10 +31,17 @@ MODEL = {
 }
 BATCH, LENGTH = 4, 128
 SHAPE = f"{MODEL['num_hidden_layers']} layers of {MODEL['hidden_size']}, {BATCH} x {LENGTH} tokens"
-ADAPTERS = {"sparta": "SpaRTA 2+8", "lora": "LoRA rank 10"}
+ADAPTERS = {
+    "sparta": "SpaRTA 2+8",
+    "lora": "LoRA rank 10",
+    "parsp": "PaRSP density 0.05, second task",
+    "full": "full gate and up projections",
+}
 _JOBS = {
     "sparta": {"plugins": {"sparta": {"rank_shared": 2, "rank_specific": 8, "router": "prompt"}}},
     "lora": {"adapter": {"peft_type": "LORA", "r": 10, "lora_alpha": 10, "target_modules": "all-linear"}},
+    "parsp": {"plugins": {"parsp": {"density": 0.05}}},
+    "full": {},
 }
 
 
@@ -47,11 +55,20 @@ def texts(rows: int) -> Dataset:
 
 def build(name: str, folder: Path, *, steps: int, **changes: int) -> Trainer:
     """Return the trainer that a job with this adapter runs, loss terms and all; ``changes`` go to the model."""
+    return build_run(name, folder, steps=steps, **changes)[1]
+
+
+def build_run(name: str, folder: Path, *, steps: int, **changes: int) -> tuple[Run, Trainer]:
+    """Return the run as well. PaRSP is given its second task, the first whose updates have a past to leave alone."""
     job = Job(model={"ref": "tiny"}, data={"source": "generated"}, **_JOBS[name])
+    folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, job, Plugins.from_options(job.plugins))
     model = tiny_model(**{**MODEL, **changes})
     stack = AdapterStack(choose(run, model), model, "tiny")
     stack.begin("task", seed=0)
+    if name == "full":
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(".gate_proj." in key or ".up_proj." in key)
     fields = {
         "max_steps": steps,
         "per_device_train_batch_size": BATCH,
@@ -66,8 +83,14 @@ def build(name: str, folder: Path, *, steps: int, **changes: int) -> Trainer:
         processing_class=tiny_tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)
+    if name == "parsp":
+        first, second = (
+            Task(f"task{index}", trainer.train_dataset, index=index, total=2) for index in range(2)
+        )
+        for hook, task in (("task_begin", first), ("task_end", first), ("task_begin", second)):
+            run.plugins.call(hook, run=run, task=task, trainer=trainer)
     trainer.attach(Composition.collect(run, trainer.model))
-    return trainer
+    return run, trainer
 
 
 def peak_mebibytes(name: str) -> float:

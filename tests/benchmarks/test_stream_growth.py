@@ -1,7 +1,8 @@
 """Time and memory per task must not grow with the number of tasks that came before.
 
-What a method stores per task may grow: SpaRTA's router keeps 8 more rows of A and K per branch, here 24 KiB
-a task, which the limits leave room for. Time is what the process computed between the ends of two tasks
+What a method stores per task may grow: SpaRTA's router keeps 3 more rows of A and K per branch, here 9 KiB a task, and
+PaRSP a relevance per neuron, here 7 KiB a task; the limits leave room for that, and what is added per task must not
+grow itself. Time is what the process computed between the ends of two tasks
 (trainer, tokenisation, steps, saving), the least of five tasks, because other programs can only add to it.
 Memory is the peak of the whole process since the last task, resident on a CPU, allocated on a GPU. Scores are
 taken only after the last task, since their number grows by design.
@@ -9,6 +10,7 @@ taken only after the last task, since their number grows by design.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -23,7 +25,8 @@ from graftwork.testing.packages import install_plugin
 from graftwork.testing.runs import call_trainer
 
 pytestmark = pytest.mark.slow
-# SpaRTA's router needs 8 orthogonal rows per task, so 20 tasks need 160 dimensions.
+LONG = 50
+# SpaRTA's router needs 3 orthogonal rows per task, so 50 tasks need 150 dimensions.
 MODEL = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
 SETTINGS = {
     "data": {"test_items": 2},
@@ -38,8 +41,15 @@ SETTINGS = {
 }
 METHODS = {
     "LoRA": {"adapter": {"peft_type": "LORA", "r": 10, "target_modules": "all-linear"}},
-    "SpaRTA": {"plugins": {"sparta": {}}},
+    "SpaRTA": {"plugins": {"sparta": {"components": 3}}},
+    "PaRSP": {"plugins": {"parsp": {}}},
+    "EWC": {
+        "adapter": {"peft_type": "LORA", "r": 10, "target_modules": "all-linear"},
+        "plugins": {"ewc": {"fisher_items": 8}},
+    },
 }
+# These keep something besides the adapter.
+STATEFUL = ("PaRSP", "EWC")
 
 
 def stream(method: str, tasks: int, folder: Path) -> list[dict[str, Any]]:
@@ -58,17 +68,22 @@ def stream(method: str, tasks: int, folder: Path) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     (metrics,) = (folder / "run").rglob("metrics.jsonl")
     events = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [event for event in events if event["event"] == "stopwatch"]
+    noted = [event for event in events if event["event"] == "stopwatch"]
+    stages = sorted(metrics.parent.glob("stages/*/stage.json"), key=lambda path: path.parent.name)
+    return [
+        {**event, "state": json.loads(stage.read_text())["state_bytes"]}
+        for event, stage in zip(noted, stages, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_grows_with_the_stream(method: str, record: Any, tmp_path: Path) -> None:
-    """Compare the last quarter of a long stream with its first tasks and with a short stream."""
-    short, long = (stream(method, tasks, tmp_path / str(tasks)) for tasks in (5, 20))
+    """Compare the end of a long stream with its first tasks and with a short stream."""
+    short, long = (stream(method, tasks, tmp_path / str(tasks)) for tasks in (5, LONG))
     # The first task is left out: it pays for starting up.
     seconds = [event["seconds"] for event in long[1:]]
     peaks = [[event["peak"] / 2**20 for event in noted] for noted in (short, long)]
-    last = f"{method}, tasks 16-20 of 20"
+    last = f"{method}, tasks {LONG - 4}-{LONG} of {LONG}"
     record(
         "stream_time",
         (last, [min(seconds[-5:])]),
@@ -77,3 +92,16 @@ def test_nothing_grows_with_the_stream(method: str, record: Any, tmp_path: Path)
         unit="CPU s",
     )
     record("stream_memory", (last, peaks[1][-5:]), ("tasks 1-5 of 5", peaks[0]), limit=1.02, unit="MiB")
+    if method in STATEFUL:
+        states = [event["state"] / 1024 for event in long]
+        added = [after - before for before, after in itertools.pairwise(states)]
+        record(
+            "stream_state",
+            (f"{method}, KiB kept after task {LONG}", [states[-1]]),
+            (
+                "kept after task 1, and what task 2 added for every later one",
+                [states[0] + (LONG - 1) * added[0]],
+            ),
+            limit=1.01,
+            unit="KiB",
+        )
