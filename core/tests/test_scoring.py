@@ -22,7 +22,7 @@ from graftwork.testing.models import CONFIGS, tiny_checkpoint, tiny_model, tiny_
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessor
 
 PROMPTS = ["a", "what is this", "x" * 30, "Option: yes, no \nAnswer:", "日本"]
 TOKENIZER = tiny_tokenizer()
@@ -68,7 +68,8 @@ def test_tokenizer_is_lossless(text: str) -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_checkpoints_load_by_auto_classes(tmp_path: Path, kind: str) -> None:
     folder = tiny_checkpoint(tmp_path / kind, kind)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    loader = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model, tokenizer = loader.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == kind
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert model.generation_config.eos_token_id == 2
@@ -78,7 +79,8 @@ def test_checkpoints_load_by_auto_classes(tmp_path: Path, kind: str) -> None:
         == "<user>Hi\n<assistant>"
     )
     reference, ids = tiny_model(kind), torch.tensor([tokenizer("hello")["input_ids"]])
-    assert torch.equal(model(ids).logits, reference(ids).logits)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if kind == "t5" else {})}
+    assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
 
 
 # ---------------------------------------------------------------------- generation
@@ -93,7 +95,9 @@ def test_batches_answer_as_one_prompt_at_a_time(kind: str) -> None:
     plain = []
     for prompt in PROMPTS:
         batch = TOKENIZER(prompt, return_tensors="pt")
-        ids = model.generate(**batch, max_new_tokens=6, do_sample=False)[0, batch["input_ids"].shape[1] :]
+        # An encoder-decoder writes its start token and the answer, a decoder the prompt and the answer.
+        before = 1 if kind == "t5" else batch["input_ids"].shape[1]
+        ids = model.generate(**batch, max_new_tokens=6, do_sample=False)[0, before:]
         plain.append(
             (TOKENIZER.decode(ids, skip_special_tokens=True).strip().split("\n") or [""])[0].rstrip()
         )
