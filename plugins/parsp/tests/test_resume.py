@@ -125,6 +125,18 @@ def test_resumed_between_tasks(
     assert_same(whole(arm), tmp_path / "run")
 
 
+def test_resumed_after_the_last_task_has_its_charts(
+    whole: Callable[[str], Path], checkpoint: Path, stream: Path, tmp_path: Path
+) -> None:
+    """No task begins in the process that resumes, and the report still shows what each took."""
+    shutil.copytree(whole("adapter"), tmp_path / "run")
+    before = json.loads((tmp_path / "run/result.json").read_text())
+    (tmp_path / "run/result.json").unlink()
+    after = run_tiny(recipe_of(checkpoint, stream, "adapter"), tmp_path / "run", resume=True)
+    assert [chart["title"] for chart in after["charts"]] == ["neurons", "input directions"]
+    assert after["charts"] == before["charts"]
+
+
 @pytest.mark.slow
 def test_killed_in_a_task(checkpoint: Path, tmp_path: Path) -> None:
     """A real kill, in a process of its own."""

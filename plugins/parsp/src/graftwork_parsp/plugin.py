@@ -63,7 +63,7 @@ class Parsp:
     @hookimpl
     def adapter_config(self, run: Run, model: PreTrainedModel) -> ParspConfig | None:
         options = self.options
-        mlps = find_mlps(model, options.names)
+        mlps = self.stream.layout = find_mlps(model, options.names)
         for mlp in mlps:
             if core_size(options.density, mlp.neurons) == 0:
                 raise UserError(

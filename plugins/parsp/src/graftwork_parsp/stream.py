@@ -42,12 +42,14 @@ class Stream:
     Attributes:
         past: statistics of the tasks so far; None before the first task begins.
         projected: the constrained weights of the task at hand, with mode: gradient.
+        layout: the model's MLPs as its shapes alone tell them, before weights are loaded.
     """
 
     def __init__(self, options: ParspOptions) -> None:
         self.options = options
         self.past: Past | None = None
         self.projected: ProjectedRows | None = None
+        self.layout: list[Mlp] = []
         self.mlps: list[Mlp] = []
         self.shares: dict[str, torch.Tensor] = {}
         self.regions: dict[str, Region] = {}
@@ -290,8 +292,8 @@ class Stream:
         self.past = past
 
     def charts(self) -> list[AreaChart]:
-        """Return what each task took of every layer; nothing where no task began in this process."""
-        return charts(self.mlps, self.past) if self.past is not None and self.mlps else []
+        """Return what each task took of every layer, also where a run that was resumed began none."""
+        return charts(self.layout, self.past) if self.past is not None else []
 
 
 def _shares(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
