@@ -93,6 +93,7 @@ def check_job(spec: JobSpec) -> None:
     run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
     Plan.make(run)
     tasks = build_stream(spec.job.data, seed=spec.job.seed, sources=run.plugins.data_sources(run))
+    tasks = arranged(run, tasks)
     check_per_task(spec.job.per_task, [task.name for task in tasks])
 
 

@@ -70,8 +70,6 @@ class Parsp:
                     f"plugins.parsp.density = {options.density:g} of the {mlp.neurons} neurons of '{mlp.name}' is "
                     f"none; raise it to at least {1 / mlp.neurons:.2g}"
                 )
-        if run.job.data.order:
-            self.stream.check_size(mlps, len(run.job.data.order))
         if options.mode == "gradient":
             return None
         fields = ("density", "form", "rank", "down")
@@ -82,6 +80,11 @@ class Parsp:
         )
         set_targets(config, mlps)
         return config
+
+    @hookimpl
+    def task_stream(self, run: Run, tasks: Sequence[Task]) -> None:
+        # The first place that knows how many tasks there are; nothing is loaded or written yet.
+        self.stream.check_size(len(tasks))
 
     @hookimpl
     def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:

@@ -110,7 +110,6 @@ class Stream:
         model = cast(nn.Module, trainer.model)
         if not self.mlps:
             self.mlps = find_mlps(model, self.options.names)
-            self.check_size(self.mlps, task.total)
             self._fingerprint = fingerprint(model, self.mlps)
         assert self._fingerprint is not None
         if self.past is None:
@@ -119,7 +118,7 @@ class Stream:
                 self._calibrate(run, trainer)
         self.past.check_base(self._fingerprint)
 
-    def check_size(self, mlps: Sequence[Mlp], tasks: int) -> None:
+    def check_size(self, tasks: int) -> None:
         """Refuse a stream whose statistics would take more than ``state_limit_mib``.
 
         Raises:
@@ -129,7 +128,7 @@ class Stream:
         limit = options.state_limit_mib
         count = tasks + (options.calibration is not None)
         needed = estimate_bytes(
-            mlps,
+            self.layout,
             count,
             moments=options.kept_moments,
             columns=options.kept_columns,
@@ -138,7 +137,7 @@ class Stream:
         )
         if limit is not None and needed > limit * 2**20:
             raise UserError(
-                f"plugin 'parsp' would keep {needed / 2**20:.1f} MiB of statistics for {tasks} tasks, more than "
+                f"plugin 'parsp' would keep {needed / 2**20:.3g} MiB of statistics for {tasks} tasks, more than "
                 f"plugins.parsp.state_limit_mib = {limit:g}; set plugins.parsp.moments: sketch, lower "
                 f"plugins.parsp.sketch, or raise the limit"
             )
