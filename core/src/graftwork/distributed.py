@@ -15,6 +15,18 @@ def active() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def leave() -> None:
+    """Part from the other processes before the interpreter ends.
+
+    The threads of the gloo back end, still running when Python unloads, can abort a process that has done its
+    work (seen now and then with torch 2.13). Call it only after work that succeeded: after an error of one
+    process the others may still wait for it, and so would this.
+    """
+    if active():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def rank_and_world() -> tuple[int, int]:
     """Return the number of this process and how many there are."""
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if active() else (0, 1)

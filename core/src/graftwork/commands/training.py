@@ -108,6 +108,9 @@ def _execute(
     root = Path(output) if output else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     console = Console(enabled=main)
     jobs = _run_jobs(recipe, root, console, resume, allow_other_versions)
+    from graftwork.distributed import leave
+
+    leave()
     if not main:
         return 0
     results = _results(recipe, jobs, [expect.judge(claim, jobs) for claim in claims])
