@@ -94,6 +94,68 @@ def test_moments_are_those_of_the_tokens_that_are_no_padding(kind: str) -> None:
     assert other.tokens == moment.tokens
 
 
+def count_calls(module: torch.nn.Module, calls: list[int]) -> None:
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_passes_that_end_early_give_the_bits_of_whole_ones(kind: str) -> None:
+    """What stands behind the last layer that is watched runs in the first pass only."""
+    model = tiny_model(kind)
+    key, behind = {
+        "llama": ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"),
+        "gpt2": ("transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"),
+        "t5": ("decoder.block.1.layer.2.DenseReluDense.wi", "decoder.block.1.layer.2.DenseReluDense.wo"),
+    }[kind]
+    first = key.replace(".1.", ".0.", 1)
+    modules = {name: model.get_submodule(name) for name in (first, key)}
+    batches = [a_batch([5, 9 - n, 3], 9 - n, left=False) for n in range(4)]
+    calls: list[int] = []
+    count_calls(model.get_submodule(behind), calls)
+    found = second_moments(model, modules, batches)
+    assert len(calls) == 1
+    # The output head is the last of all, so these passes are whole.
+    whole = second_moments(model, modules, batches, also=[model.get_output_embeddings()])
+    assert len(calls) == 1 + 4
+    for name in modules:
+        assert found[name].tokens == whole[name].tokens
+        assert torch.equal(found[name].matrix, whole[name].matrix)
+    assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name != behind)
+
+
+def test_a_layer_that_is_called_twice_is_seen_twice_in_every_pass() -> None:
+    model = tiny_model(dtype=torch.float64)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    module = model.model.layers[0].mlp.gate_proj
+    batches = [a_batch([5, 9 - n], 9 - n, left=False) for n in range(3)]
+    inputs: list[torch.Tensor] = []
+    module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    masks = [batch["attention_mask"].bool() for batch in batches for _ in range(2)]
+    rows = torch.cat([x[mask] for x, mask in zip(inputs, masks, strict=True)])
+    moment = second_moments(model, {"m": module}, batches, dtype=torch.float64)["m"]
+    assert moment.tokens == len(rows)
+    torch.testing.assert_close(moment.matrix, rows.T @ rows, rtol=1e-10, atol=1e-12)
+
+
+def test_a_layer_that_some_passes_leave_out_is_seen_in_all_others() -> None:
+    """As experts are; the watched layers change their order too."""
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    order: list[list[torch.nn.Module]] = [
+        [mlp.gate_proj], [mlp.up_proj, mlp.gate_proj], [mlp.up_proj], [mlp.gate_proj, mlp.up_proj], [],
+    ]  # fmt: skip
+    experts = iter(order)
+    mlp.forward = lambda x: sum((mlp.down_proj(expert(x)) for expert in next(experts)), x)
+    modules = {"gate": mlp.gate_proj, "up": mlp.up_proj, "first": model.model.layers[0].mlp.gate_proj}
+    found = second_moments(model, modules, [a_batch([4 + n], 9, left=False) for n in range(5)])
+    assert {name: moment.tokens for name, moment in found.items()} == {
+        "gate": 4 + 5 + 7, "up": 5 + 6 + 7, "first": 4 + 5 + 6 + 7 + 8,
+    }  # fmt: skip
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(3, 9), min_size=2, max_size=5), st.integers(1, 4))
 def test_half_streams_add_up(lengths: list[int], cut: int) -> None:

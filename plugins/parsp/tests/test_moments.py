@@ -102,6 +102,26 @@ def test_two_kinds_of_padding_and_two_halves(batch) -> None:
         torch.testing.assert_close((24 * one[name] + 10 * two[name]) / 34, value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["full", "sketch"])
+def test_nothing_behind_the_last_input_is_computed_and_the_bits_stay(batch, form: str) -> None:
+    """With columns every pass reaches the last output projection; the inputs' moments are the same bits."""
+    model = tiny_model()
+    mlps = find_mlps(model)
+    calls: list[int] = []
+    model.get_submodule(mlps[-1].out).register_forward_pre_hook(lambda *_: calls.append(1))
+    rows = [{key: value[n : n + 1] for key, value in batch.items()} for n in range(3)]
+    short = collect(model, mlps, rows, moments=form, size=6)
+    assert len(calls) == 1
+    long = collect(model, mlps, rows, moments=form, size=6, columns=True)
+    assert len(calls) == 1 + 3
+    for mlp in mlps:
+        if form == "full":
+            assert torch.equal(short.full[mlp.name], long.full[mlp.name])
+        else:
+            assert torch.equal(short.sketch[mlp.name].rows, long.sketch[mlp.name].rows)
+            assert torch.equal(short.sketch[mlp.name].energy, long.sketch[mlp.name].energy)
+
+
 def test_the_input_is_that_after_the_norm() -> None:
     """RMSNorm makes every token's mean square 1 (times the norm's own weight, which is 1 here)."""
     model = tiny_model()

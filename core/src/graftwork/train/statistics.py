@@ -7,6 +7,7 @@ the order of the data set, each process its share, no shuffling, no dropout, no 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -108,8 +109,12 @@ def second_moments(
     batches: Iterable[Batch],
     *,
     dtype: torch.dtype = torch.float32,
+    also: Iterable[nn.Module] = (),
 ) -> dict[str, Moment]:
     """Return the second moment of the input of each of ``modules`` over ``batches``, by the same names.
+
+    The first pass is whole. Later ones end where the last of ``modules``, and of ``also``, which the caller's own
+    pre-forward hooks read, has got its input: nothing behind it is computed. So the model must not be sharded.
 
     Padding tokens do not count; the processes' shares are added up. The products are taken and summed in
     ``dtype`` on the module's device. The model is put into eval mode for the pass, without gradients. In an
@@ -136,13 +141,16 @@ def second_moments(
         return hook
 
     handles = [module.register_forward_pre_hook(see(name)) for name, module in modules.items()]
+    # Last, so that on every module the hooks that read have run when the pass ends.
+    ending = _Ending([*modules.values(), *also])
     try:
         with evaluating(model):
             for batch in batches:
                 reads.begin(batch)
-                model(**_without_logits(model, batch))
+                with ending.watch():
+                    model(**_without_logits(model, batch))
     finally:
-        for handle in [*handles, *reads.handles]:
+        for handle in [*handles, *reads.handles, *ending.handles]:
             handle.remove()
     if not reads.tokens and rank_and_world()[1] == 1:
         raise UserError("there is no data to take second moments of; the task has no training items")
@@ -160,6 +168,36 @@ def second_moments(
             )
         found[name] = Moment(matrix, count)
     return found
+
+
+class _Enough(Exception):
+    """All that a pass is for has been seen."""
+
+
+class _Ending:
+    """Ends a forward pass as soon as every one of ``modules`` was called as often as in a whole pass before.
+
+    How often that is comes from the first pass that called them all, which is not cut short. Where passes differ in
+    which modules they call, as with experts, they end early only after all of them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.calls = dict.fromkeys(modules, 0)
+        self.whole: dict[nn.Module, int] | None = None
+        self.handles = [module.register_forward_pre_hook(self._called) for module in self.calls]
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        self.calls = dict.fromkeys(self.calls, 0)
+        with contextlib.suppress(_Enough):
+            yield
+            if self.whole is None and all(self.calls.values()):
+                self.whole = self.calls
+
+    def _called(self, module: nn.Module, args: Any) -> None:
+        self.calls[module] += 1
+        if self.calls == self.whole:
+            raise _Enough
 
 
 class _Reads:

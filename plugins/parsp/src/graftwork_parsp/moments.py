@@ -46,6 +46,7 @@ def collect(
     base = base_of(model)
     pass_ = _Pass(base)
     handles: list[Any] = []
+    fed: list[nn.Module] = []
     inputs = {mlp.name: Sketch.empty(size, mlp.inputs) for mlp in mlps} if moments == "sketch" else {}
     actives = {mlp.name: Sketch.empty(size, mlp.neurons) for mlp in mlps} if columns else {}
     for mlp in mlps:
@@ -54,9 +55,10 @@ def collect(
             if mlp.name in sketches:
                 module = base.get_submodule(key)
                 handles.append(module.register_forward_pre_hook(pass_.feed(sketches[mlp.name], mlp.name)))
+                fed.append(module)
     modules = {m.name: base.get_submodule(m.moment_at) for m in mlps} if moments == "full" else {}
     try:
-        found = second_moments(model, modules, pass_.watch(batches))
+        found = second_moments(model, modules, pass_.watch(batches), also=fed)
     finally:
         for handle in handles:
             handle.remove()
