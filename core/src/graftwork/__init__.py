@@ -8,6 +8,8 @@ from graftwork.errors import PluginError, UserError
 from graftwork.hookspecs import (
     Adapter,
     AreaChart,
+    Combiner,
+    ForwardPass,
     GradientTransform,
     LossTerm,
     TrainingAlgorithm,
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AreaChart",
+    "Combiner",
+    "ForwardPass",
     "GradientTransform",
     "LossTerm",
     "PluginError",

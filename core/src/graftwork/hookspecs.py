@@ -108,6 +108,42 @@ class TrainingAlgorithm:
 
 
 @dataclass(frozen=True)
+class ForwardPass:
+    """A forward pass of a decode loop that is about to run.
+
+    ``step`` is 0 for the prompt and counts the tokens that were generated before. ``predicts`` is whether a
+    token is chosen from its last position (a prompt read in chunks predicts with the last one only).
+    ``main_rows`` and ``contrast_rows`` are the rows of the batch that read the main and the contrast prompt;
+    without a combiner all are main rows.
+    """
+
+    step: int
+    prefill: bool
+    predicts: bool
+    main_rows: slice
+    contrast_rows: slice
+
+
+@dataclass(frozen=True)
+class Combiner:
+    """Choose tokens from two streams, such as a prompt with and without its context.
+
+    ``fn(main, contrast)`` takes the raw float32 logits of both (B x V) and returns scores B x V, without
+    changing either; rows do not know of each other. Scores are on the scale of ``main``: a combiner at its
+    neutral setting returns ``main`` itself, so that processors that follow see what they would see without it.
+    What is -inf in ``main`` stays -inf.
+
+    ``amateur``: a smaller model of the same vocabulary whose logits are the contrast; it reads the main
+    prompt. ``explain(main, contrast)`` names sets of tokens (name: bool B x V) for the trace.
+    """
+
+    name: str
+    fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    amateur: PreTrainedModel | None = None
+    explain: Callable[[torch.Tensor, torch.Tensor], Mapping[str, torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
 class AreaChart:
     """What a method has used up, for the report: stacked areas over the layers, one band per task.
 
@@ -217,6 +253,17 @@ class GraftworkHooks:
     @hookspec
     def generation_context(self, run: Run, model: PreTrainedModel) -> AbstractContextManager[Any] | None:
         """Return a context manager that is entered around every ``generate`` call."""
+
+    @hookspec
+    def combiner(self, run: Run, model: PreTrainedModel) -> Combiner | None:
+        """Return how the logits of a main and a contrast prompt become scores. One plugin at most.
+
+        Prompts then come in pairs (a context apart from its question), and both are decoded in one loop.
+        """
+
+    @hookspec
+    def before_forward(self, run: Run, coming: ForwardPass) -> None:
+        """Prepare for a forward pass while text is generated; called before each, in ``--plugin`` order."""
 
     # ---------------------------------------------------------------- data
 

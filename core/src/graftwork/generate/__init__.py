@@ -1,0 +1,26 @@
+"""Let a model write: prompts in pairs, one decode loop for two streams, callbacks before each forward pass.
+
+Usable without the command line::
+
+    from graftwork.generate import Decoding, decode
+
+    tokens = decode(model, prompts, tokenizer=tokenizer, decoding=Decoding(combiner=...), max_new_tokens=32)
+"""
+
+from graftwork.generate.decoding import Decoding, check_pairing, decode
+from graftwork.generate.paired import PairedLoop
+from graftwork.generate.passes import watching
+from graftwork.generate.prompts import Prompt, Templates, prompt_from_record
+from graftwork.generate.trace import Trace
+
+__all__ = [
+    "Decoding",
+    "PairedLoop",
+    "Prompt",
+    "Templates",
+    "Trace",
+    "check_pairing",
+    "decode",
+    "prompt_from_record",
+    "watching",
+]
