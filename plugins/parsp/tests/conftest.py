@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from graftwork.testing.adapters import adapted_tiny, tiny_batch
 from graftwork.testing.data import tiny_stream
-from graftwork.testing.models import tiny_checkpoint, tiny_model
+from graftwork.testing.models import tiny_checkpoint
 from graftwork_parsp import ParspConfig, begin_region, find_mlps, fold, top_directions
 from graftwork_parsp.model import layers_of
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
 
 def _learn(model: torch.nn.Module, seed: int, scale: float = 0.1) -> None:
@@ -44,9 +45,7 @@ def _adapt(
     **fields: Any,
 ) -> PeftModel:
     fields = {"density": 0.25, **fields}
-    adapted = get_peft_model(tiny_model(kind, dtype=dtype, **(model or {})), ParspConfig(**fields))
-    if dtype == torch.float64:
-        adapted.to(dtype)
+    adapted = adapted_tiny(ParspConfig(**fields), kind, dtype=dtype, **(model or {}))
     if learned:
         _region(adapted, 1, 12)
         _learn(adapted, 2)
@@ -54,7 +53,7 @@ def _adapt(
         _region(adapted, 3, 9)
         _learn(adapted, 4)
     assert layers_of(adapted)
-    return adapted.eval()
+    return adapted
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +76,7 @@ def region() -> Callable[..., None]:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Three rows of 12 tokens, half of them prompt; the last row is two tokens shorter."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 250, (3, 12), generator=generator)
-    mask = torch.ones_like(ids)
-    ids[2, 10:], mask[2, 10:] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :6] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return tiny_batch()
 
 
 @pytest.fixture(scope="session")

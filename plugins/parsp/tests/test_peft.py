@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from graftwork import UserError
-from graftwork.compat.peft_methods import check_known, register
-from graftwork.testing.models import tiny_checkpoint, tiny_model, tiny_tokenizer
+from graftwork.testing.adapters import (
+    assert_names_its_plugin,
+    assert_registered_once,
+    assert_round_trip,
+    assert_transformers_loads,
+    assert_unloads,
+)
+from graftwork.testing.models import tiny_model, tiny_tokenizer
 from graftwork_parsp import ParspConfig, ParspModel, begin_region, find_mlps, fold
 from graftwork_parsp.model import active_adapter, layers_of
-from peft import PeftModel, PeftType, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,19 +28,9 @@ KINDS = ["llama", "mistral", "qwen2", "gpt2"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fields", [{}, {"form": "lora", "rank": 3, "down": "columns"}], ids=["full", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_save_and_load_is_bit_exact(adapt, batch, tmp_path: Path, kind, fields, dtype) -> None:
-    adapted = adapt(kind, dtype=dtype, **fields)
-    adapted.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+def test_save_and_load_is_bit_exact(adapt, tmp_path: Path, kind, fields, dtype) -> None:
+    config = assert_round_trip(adapt(kind, dtype=dtype, **fields), tmp_path, kind=kind, dtype=dtype)
     assert (config["peft_type"], config["graftwork_plugin"]) == ("PARSP", "parsp")
-    again = PeftModel.from_pretrained(tiny_model(kind, dtype=dtype), tmp_path).eval()
-    assert torch.equal(again(**batch).logits, adapted(**batch).logits)
-    assert not any(p.requires_grad for p in again.parameters())
-    again.save_pretrained(tmp_path / "second")
-    first, second = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "second"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert all(first[key].dtype == second[key].dtype for key in first)
 
 
 def test_a_folded_adapter_is_rows_and_nothing_else(adapt, batch, tmp_path: Path) -> None:
@@ -95,27 +91,9 @@ def test_loading_over_another_region_takes_its_shapes(adapt, region, batch, tmp_
     )
 
 
-def test_low_memory_loading_gives_the_same(adapt, batch, tmp_path: Path) -> None:
-    adapted = adapt()
-    adapted.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=True).eval()
-    assert torch.equal(again(**batch).logits, adapted(**batch).logits)
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_transformers_loads_the_adapter(adapt, batch, tmp_path: Path, kind) -> None:
-    adapted = adapt(kind)
-    adapted.save_pretrained(tmp_path / "adapter")
-    expected = adapted(**batch).logits
-    model = tiny_model(kind)
-    model.load_adapter(str(tmp_path / "adapter"))
-    assert torch.equal(model.eval()(**batch).logits, expected)
-    tiny_checkpoint(tmp_path / "base", kind)
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(tmp_path / "base")
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(whole(**batch).logits, expected)
+def test_transformers_loads_the_adapter(adapt, tmp_path: Path, kind) -> None:
+    assert_transformers_loads(adapt(kind), tmp_path, kind=kind)
 
 
 def test_a_merged_checkpoint_needs_no_plugin(adapt, tmp_path: Path) -> None:
@@ -172,10 +150,8 @@ def test_several_adapters_on_one_model(adapt, learn, region, batch, tmp_path: Pa
     assert active_adapter(both) == "a"
 
 
-def test_unloading_gives_the_base_back(adapt, batch) -> None:
-    plain = adapt().unload()
-    assert torch.equal(plain(**batch).logits, tiny_model()(**batch).logits)
-    assert plain.state_dict().keys() == tiny_model().state_dict().keys()
+def test_unloading_gives_the_base_back(adapt) -> None:
+    plain = assert_unloads(adapt())
     with pytest.raises(UserError, match="no active PaRSP adapter"):
         active_adapter(plain)
 
@@ -183,18 +159,11 @@ def test_unloading_gives_the_base_back(adapt, batch) -> None:
 def test_an_adapter_without_its_plugin_names_the_plugin(
     adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapt().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    check_known(config, tmp_path)
-    monkeypatch.delitem(PeftType._member_map_, "PARSP")
-    with pytest.raises(UserError, match="add `--plugin parsp`"):
-        check_known(config, tmp_path)
+    assert_names_its_plugin(adapt(), tmp_path, monkeypatch)
 
 
 def test_the_method_is_registered_once() -> None:
-    member = register(name="PARSP", config_cls=ParspConfig, model_cls=ParspModel, prefix="parsp_")
-    assert member is PeftType("PARSP")
-    assert isinstance(get_peft_model(tiny_model(), ParspConfig(density=0.5)).base_model, ParspModel)
+    assert_registered_once(ParspConfig(density=0.5), ParspModel)
 
 
 def test_the_readme_s_loop_runs(batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

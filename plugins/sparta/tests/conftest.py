@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from graftwork.testing.adapters import adapted_tiny, tiny_batch
 from graftwork.testing.data import tiny_stream
-from graftwork.testing.models import tiny_checkpoint, tiny_model
+from graftwork.testing.models import tiny_checkpoint
 from graftwork_sparta import SpartaConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
 
 def _scramble(model: torch.nn.Module, seed: int = 5) -> None:
@@ -35,14 +36,10 @@ def _adapt(
 ) -> PeftModel:
     torch.manual_seed(3)
     fields = {"rank_shared": 2, "rank_specific": 4, "block_layers": 2, "components": 3, **fields}
-    adapted = get_peft_model(
-        tiny_model(kind, dtype=dtype, **(model or {})), SpartaConfig(task_type="CAUSAL_LM", **fields)
-    )
-    if dtype == torch.float64:
-        adapted.to(dtype)
+    adapted = adapted_tiny(SpartaConfig(task_type="CAUSAL_LM", **fields), kind, dtype=dtype, **(model or {}))
     if scrambled:
         _scramble(adapted)
-    return adapted.eval()
+    return adapted
 
 
 @pytest.fixture(scope="session")
@@ -59,14 +56,7 @@ def scramble() -> Callable[..., None]:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Three rows of 12 tokens, half of them prompt; the last row is two tokens shorter."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 250, (3, 12), generator=generator)
-    mask = torch.ones_like(ids)
-    ids[2, 10:], mask[2, 10:] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :6] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return tiny_batch()
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from graftwork import UserError
-from graftwork.compat.peft_methods import check_known, register
-from graftwork.testing.models import tiny_checkpoint, tiny_model
+from graftwork.testing.adapters import (
+    assert_names_its_plugin,
+    assert_registered_once,
+    assert_round_trip,
+    assert_transformers_loads,
+    assert_unloads,
+)
+from graftwork.testing.models import tiny_model
 from graftwork_sparta import SpartaConfig, export_branch, freeze_new, gate_values, grow, merge_static
 from graftwork_sparta.layer import SpartaLinear
 from graftwork_sparta.model import ROUTER, SpartaModel, active_adapter, layers_of, routers_of
-from peft import PeftModel, PeftType, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
 
 KINDS = ["llama", "mistral", "qwen2", "gpt2"]
 ATTENTION = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
@@ -27,24 +31,12 @@ ATTENTION = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("router", ["prompt", "lineage", "off"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_save_and_load_is_bit_exact(adapt, scramble, batch, tmp_path: Path, kind, router, dtype) -> None:
+def test_save_and_load_is_bit_exact(adapt, scramble, tmp_path: Path, kind, router, dtype) -> None:
     adapted = adapt(kind, dtype=dtype, router=router, specific="per_task", dropout=0.1)
     grow(adapted, torch.Generator().manual_seed(1))
     scramble(adapted)
-    adapted.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = assert_round_trip(adapted, tmp_path, kind=kind, dtype=dtype)
     assert (config["peft_type"], config["graftwork_plugin"], config["tasks"]) == ("SPARTA", "sparta", 2)
-    again = PeftModel.from_pretrained(tiny_model(kind, dtype=dtype), tmp_path).eval()
-    assert torch.equal(again(**batch).logits, adapted(**batch).logits)
-    assert not any(p.requires_grad for p in again.parameters())
-    again.save_pretrained(tmp_path / "second")
-    first, second = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "second"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_loaded_adapter_trains_on_as_the_original_would(adapt, batch, tmp_path: Path) -> None:
@@ -71,45 +63,18 @@ def test_a_loaded_adapter_trains_on_as_the_original_would(adapt, batch, tmp_path
     assert results[0] == results[1]
 
 
-def test_low_memory_loading_gives_the_same(adapt, batch, tmp_path: Path) -> None:
-    adapted = adapt()
-    grow(adapted, torch.Generator().manual_seed(1))
-    adapted.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=True).eval()
-    assert torch.equal(again(**batch).logits, adapted(**batch).logits)
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_transformers_loads_the_adapter(adapt, scramble, batch, tmp_path: Path, kind) -> None:
+def test_transformers_loads_the_adapter(adapt, scramble, tmp_path: Path, kind) -> None:
     adapted = adapt(kind)
     grow(adapted, torch.Generator().manual_seed(1))
     scramble(adapted)
-    adapted.save_pretrained(tmp_path / "adapter")
-    expected = adapted(**batch).logits
-    model = tiny_model(kind)
-    model.load_adapter(str(tmp_path / "adapter"))
-    assert torch.equal(model.eval()(**batch).logits, expected)
-    tiny_checkpoint(tmp_path / "base", kind)
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(tmp_path / "base")
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(whole(**batch).logits, expected)
+    assert_transformers_loads(adapted, tmp_path, kind=kind)
 
 
 def test_an_adapter_without_its_plugin_names_the_plugin(
     adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapt().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    check_known(config, tmp_path)
-    monkeypatch.delitem(PeftType._member_map_, "SPARTA")
-    with pytest.raises(UserError) as caught:
-        check_known(config, tmp_path)
-    assert str(caught.value) == (
-        f"adapter '{tmp_path}' is of the method SPARTA, which PEFT does not have by itself; "
-        f"add `--plugin sparta` (`pip install graftwork-sparta` brings it)"
-    )
+    assert_names_its_plugin(adapt(), tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------- targets
@@ -288,12 +253,9 @@ def test_gates_do_not_merge(adapt, batch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_unloading_gives_the_base_back(adapt, batch, kind) -> None:
-    plain = adapt(kind).unload()
-    assert torch.equal(plain(**batch).logits, tiny_model(kind)(**batch).logits)
+def test_unloading_gives_the_base_back(adapt, kind) -> None:
+    plain = assert_unloads(adapt(kind), kind=kind)
     assert not any(hasattr(module, ROUTER) for module in plain.modules())
-    assert plain.state_dict().keys() == tiny_model(kind).state_dict().keys()
-    assert not any(module._forward_pre_hooks for module in plain.modules())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -369,6 +331,4 @@ def test_exporting_a_branch_that_is_not_there_is_refused(adapt, tmp_path: Path) 
 
 
 def test_the_method_is_registered_once() -> None:
-    member = register(name="SPARTA", config_cls=SpartaConfig, model_cls=SpartaModel, prefix="sparta_")
-    assert member is PeftType("SPARTA")
-    assert isinstance(get_peft_model(tiny_model(), SpartaConfig(block_layers=2)).base_model, SpartaModel)
+    assert_registered_once(SpartaConfig(block_layers=2), SpartaModel)

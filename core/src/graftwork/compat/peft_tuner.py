@@ -23,7 +23,7 @@ class LayerTuner(BaseTuner):
     """
 
     layer_cls: ClassVar[Any]
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as in BaseTuner
 
     def make_layer(self, target: nn.Module, name: str, config: PeftConfig, key: str) -> nn.Module:
         """Return the layer that takes the place of ``target``, which the base model calls ``key``."""
@@ -37,7 +37,7 @@ class LayerTuner(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         """Put adapter ``adapter_name`` on ``target``.
 

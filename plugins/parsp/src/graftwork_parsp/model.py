@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from graftwork import UserError
 from graftwork.compat.peft_methods import register
+from graftwork.compat.peft_tuner import LayerTuner
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from graftwork_parsp.config import ParspConfig
@@ -19,37 +19,19 @@ from graftwork_parsp.neurons import Mlp, base_of, find_mlps, short_names
 from graftwork_parsp.nullspace import Basis
 
 
-class ParspModel(BaseTuner):
+class ParspModel(LayerTuner):
     """The tuner behind ``peft_type: PARSP``."""
 
     prefix = "parsp_"
     tuner_layer_cls = RowDelta
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    layer_cls = RowDelta
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    def _create_and_replace(
-        self,
-        peft_config: ParspConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        try:
-            if isinstance(target, RowDelta):
-                target.add(adapter_name, peft_config)
-                return
-            kind = ColumnDelta if _ends_with(current_key, peft_config.column_modules or []) else RowDelta
-            layer = kind(target, adapter_name, peft_config, current_key)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"'{current_key}': {error}") from error
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def make_layer(self, target: nn.Module, name: str, config: ParspConfig, key: str) -> RowDelta:
+        kind = ColumnDelta if _ends_with(key, config.column_modules or []) else RowDelta
+        return kind(target, name, config, key)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Every adapter writes its own sizes into its config.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from graftwork import UserError
 from graftwork.compat.peft_methods import register
+from graftwork.compat.peft_tuner import LayerTuner
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from graftwork_sparta.config import SpartaConfig
@@ -23,38 +23,17 @@ ROUTER = "branch_router"
 _INDEXED = re.compile(r"^(.*?)\.(\d+)\.")
 
 
-class SpartaModel(BaseTuner):
+class SpartaModel(LayerTuner):
     """The tuner behind ``peft_type: SPARTA``."""
 
     prefix = "sparta_"
     tuner_layer_cls = SpartaPart
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    layer_cls = SpartaLinear
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return peft_config
-
-    def _create_and_replace(
-        self,
-        peft_config: SpartaConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        try:
-            if isinstance(target, SpartaLinear):
-                target.add(adapter_name, peft_config)
-                return
-            layer = SpartaLinear(target, adapter_name, peft_config)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"'{current_key}': {error}") from error
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT's own hook after an injection runs for the first adapter of a model only.
