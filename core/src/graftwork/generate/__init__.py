@@ -10,6 +10,7 @@ Usable without the command line::
 from graftwork.generate.decoding import Decoding, check_pairing, decode
 from graftwork.generate.paired import PairedLoop
 from graftwork.generate.passes import watching
+from graftwork.generate.patches import touching_layers
 from graftwork.generate.prompts import Prompt, Templates, prompt_from_record
 from graftwork.generate.trace import Trace
 
@@ -22,5 +23,6 @@ __all__ = [
     "check_pairing",
     "decode",
     "prompt_from_record",
+    "touching_layers",
     "watching",
 ]
