@@ -1,0 +1,55 @@
+"""The arithmetic that combiners share: a log-linear mixture of two distributions, safe where one rules a token out."""
+
+from __future__ import annotations
+
+import torch
+
+from graftwork.errors import UserError
+
+
+def log_probabilities(main: torch.Tensor, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of both streams from their logits, B x V each.
+
+    Raises:
+        UserError: in a row of either no token has a finite logit, or one is not a number or infinite.
+    """
+    for name, logits in (("main", main), ("contrast", contrast)):
+        # The largest logit is finite where the row has a distribution: NaN and infinity both show in it.
+        bad = ~torch.isfinite(logits.amax(-1))
+        if bad.any():
+            row = int(torch.nonzero(bad)[0])
+            raise UserError(
+                f"the {name} prompt's logits of row {row + 1} are no distribution: a row needs finite numbers, "
+                f"with -inf for tokens that are ruled out"
+            )
+    return main.log_softmax(-1), contrast.log_softmax(-1)
+
+
+def tilt(main: torch.Tensor, contrast: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """Return ``main + weight * (log p_main - log p_contrast)``, B x V, on the scale of ``main``.
+
+    ``weight`` is a number or a tensor that broadcasts to B x V. Up to a constant per row these are the
+    log-probabilities of ``p_main^(1 + weight) p_contrast^(-weight)``: a weight of -1 is the contrast alone, 0 is
+    ``main`` bit for bit.
+
+    What is -inf in ``main`` stays so. A token that only ``contrast`` rules out is -inf under a negative
+    weight, as in the formula; under a positive one it counts as the least likely token of its row, where the
+    formula would give an infinite score that cannot be sampled from.
+
+    Raises:
+        UserError: see :func:`log_probabilities`; also where no token of a row is left.
+    """
+    with_, without = log_probabilities(main, contrast)
+    weight = torch.as_tensor(weight, dtype=main.dtype, device=main.device)
+    ruled_out = without == -torch.inf
+    least = without.masked_fill(ruled_out, torch.inf).amin(-1, keepdim=True)
+    gain = with_ - torch.where(ruled_out, least, without)
+    scores = torch.where(weight == 0, main, main + weight * gain)
+    scores = scores.masked_fill((main == -torch.inf) | (ruled_out & (weight < 0)), -torch.inf)
+    empty = (scores == -torch.inf).all(-1)
+    if empty.any():
+        row = int(torch.nonzero(empty)[0])
+        raise UserError(
+            f"the two prompts of row {row + 1} have no possible token in common, so none can be chosen"
+        )
+    return scores

@@ -1,0 +1,28 @@
+"""The hooks of COIECD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from graftwork import Benchmark, Combiner, hookimpl
+
+from graftwork_coiecd.options import CoiecdOptions
+
+if TYPE_CHECKING:
+    from graftwork.run import Run
+    from transformers import PreTrainedModel
+
+
+class CoiecdPlugin:
+    """Score tokens by how the context changes them, plausible ones more than others."""
+
+    Options = CoiecdOptions
+
+    def __init__(self, options: CoiecdOptions) -> None:
+        self.options = options
+
+    @hookimpl
+    def combiner(self, run: Run, model: PreTrainedModel) -> Combiner:
+        method = self.options.method
+        return Combiner("coiecd", method.scores, explain=method.explain)
