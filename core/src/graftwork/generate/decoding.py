@@ -17,6 +17,7 @@ from graftwork.evaluate.modes import evaluating
 from graftwork.generate.paired import PairedLoop, Rows
 from graftwork.generate.passes import BeforeForward, inner_model, watching
 from graftwork.generate.prompts import Prompt
+from graftwork.generate.stopping import FirstLine
 from graftwork.generate.trace import Trace
 from graftwork.hookspecs import Combiner, ForwardPass
 from graftwork.models import is_encoder_decoder
@@ -52,6 +53,12 @@ class Decoding:
     before_forward: Sequence[BeforeForward] = ()
     contexts: Callable[[], Iterable[AbstractContextManager[Any]]] = tuple
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing takes part: the model alone."""
+        parts = self.combiner, *self.processors, *self.before_forward
+        return parts == (None,) and self.contexts is tuple
+
     @classmethod
     def from_plugins(cls, run: Run, model: Any) -> Decoding:
         """Ask the plugins of ``run`` what they bring.
@@ -70,11 +77,15 @@ class Decoding:
 
         return cls(
             combiner=found[1] if found else None,
-            processors=[
+            processors=tuple(
                 item for _, many in plugins.call("logits_processors", run=run, model=model) for item in many
-            ],
-            before_forward=[callback(name) for name in plugins.implements("before_forward")],
-            contexts=lambda: [one for _, one in plugins.call("generation_context", run=run, model=model)],
+            ),
+            before_forward=tuple(callback(name) for name in plugins.implements("before_forward")),
+            contexts=(
+                (lambda: [one for _, one in plugins.call("generation_context", run=run, model=model)])
+                if plugins.implements("generation_context")
+                else tuple
+            ),
         )
 
 
@@ -101,6 +112,51 @@ def check_pairing(model: Any, options: Mapping[str, Any]) -> None:
         raise UserError("a combiner of two prompts cannot be used with an adapter that learns virtual tokens")
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as tokens; ``contrast`` is what the second stream reads, None where there is none."""
+
+    main: list[int]
+    contrast: list[int] | None = None
+
+
+def encode(
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding | None = None,
+    max_prompt_tokens: int | None = None,
+    names: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Encoded]:
+    """Return the tokens of prompts, checked for what ``decoding`` and ``options`` (of ``generate``) need.
+
+    ``names`` say where each prompt comes from. See :func:`decode` for the rest.
+
+    Raises:
+        UserError: see :func:`decode`; the name of the prompt is in the message.
+    """
+    decoding, options = decoding or Decoding(), options or {}
+    names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    paired = False
+    if decoding.combiner is not None:
+        check_pairing(model, options)
+        paired = decoding.combiner.amateur is None
+        if decoding.combiner.amateur is not None:
+            _check_vocabularies(model, decoding.combiner.amateur)
+        else:
+            _check_contrasts(decoding.combiner, prompts, names)
+    found = []
+    for prompt, name in zip(prompts, names, strict=True):
+        parts = [prompt.main, prompt.contrast] if paired else [prompt.main]
+        tokens = [_tokens(tokenizer, part, max_prompt_tokens) for part in parts]
+        for ids in tokens:
+            _check_window(model, ids, options, name)
+        found.append(Encoded(*tokens))
+    return found
+
+
 def decode(
     model: Any,
     prompts: Sequence[Prompt],
@@ -109,6 +165,7 @@ def decode(
     decoding: Decoding | None = None,
     rows: Rows = "joint",
     stopping_criteria: Sequence[Any] = (),
+    first_line: bool = False,
     streamer: Any = None,
     trace: Trace | None = None,
     max_prompt_tokens: int | None = None,
@@ -116,7 +173,9 @@ def decode(
 ) -> list[list[int]]:
     """Return the new tokens of every prompt of one batch, without padding and end tokens' padding.
 
-    ``options`` are those of transformers' ``generate``. Prompts are padded on the left.
+    ``options`` are those of transformers' ``generate``. Prompts are padded on the left (an encoder's on the
+    right).
+    ``first_line`` ends an answer at its first line break after some text.
     ``max_prompt_tokens`` keeps the last so many tokens of each prompt; without it a prompt that does not fit
     is refused. ``streamer`` serves a single prompt.
 
@@ -124,27 +183,66 @@ def decode(
         UserError: see :func:`check_pairing`; a prompt that is empty, without its contrast where a combiner
             needs one, or too long for the model's window.
     """
+    encoded = encode(
+        model,
+        prompts,
+        tokenizer=tokenizer,
+        decoding=decoding,
+        max_prompt_tokens=max_prompt_tokens,
+        options=options,
+    )
+    return decode_tokens(
+        model,
+        encoded,
+        tokenizer=tokenizer,
+        decoding=decoding,
+        rows=rows,
+        stopping_criteria=stopping_criteria,
+        first_line=first_line,
+        streamer=streamer,
+        trace=trace,
+        **options,
+    )
+
+
+def decode_tokens(
+    model: Any,
+    encoded: Sequence[Encoded],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding | None = None,
+    rows: Rows = "joint",
+    stopping_criteria: Sequence[Any] = (),
+    first_line: bool = False,
+    streamer: Any = None,
+    trace: Trace | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Decode what :func:`encode` returned for one batch; see :func:`decode`."""
     decoding = decoding or Decoding()
-    encoded = [_tokens(tokenizer, prompt.main, max_prompt_tokens) for prompt in prompts]
-    _check_window(model, encoded, options)
     pad = pad_token(tokenizer)
-    ids, mask = _batch(encoded, pad)
+    apart = is_encoder_decoder(model.config)
+    ids, mask = _batch([one.main for one in encoded], pad, left=not apart)
     given: dict[str, Any] = {"pad_token_id": pad, **options}
-    if not is_encoder_decoder(model.config):
-        end = getattr(model.generation_config, "eos_token_id", None)
-        given.setdefault("eos_token_id", tokenizer.eos_token_id if end is None else end)
-    if stopping_criteria:
-        given["stopping_criteria"] = StoppingCriteriaList(stopping_criteria)
+    end = getattr(model.generation_config, "eos_token_id", None)
+    given.setdefault("eos_token_id", tokenizer.eos_token_id if end is None else end)
+    if given.get("stop_strings") or given.get("token_healing"):
+        given["tokenizer"] = tokenizer
+    begin = 1 if apart else ids.shape[1]
+    criteria = [*stopping_criteria, *([FirstLine(tokenizer, begin)] if first_line else [])]
+    if criteria:
+        given["stopping_criteria"] = StoppingCriteriaList(criteria)
     if decoding.processors:
         given["logits_processor"] = LogitsProcessorList(decoding.processors)
     watched: AbstractContextManager[Any]
     if decoding.combiner is None:
-        watched = watching(model, decoding.before_forward, ids.shape[1])
+        watched = watching(model, decoding.before_forward, begin)
         given["streamer"] = streamer
     else:
         check_pairing(model, given)
-        contrast_ids, contrast_mask = _contrast(
-            model, tokenizer, prompts, decoding.combiner, encoded, pad, max_prompt_tokens, options
+        amateur = decoding.combiner.amateur is not None
+        contrast_ids, contrast_mask = _batch(
+            [one.main if amateur else one.contrast or [] for one in encoded], pad
         )
         watched = contextlib.nullcontext()
         given["custom_generate"] = PairedLoop(
@@ -166,34 +264,18 @@ def decode(
             **given,
         )
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    begin = 1 if is_encoder_decoder(model.config) else ids.shape[1]
     ends = given.get("eos_token_id")
     stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     return [_until_end(row, stops) for row in sequences[:, begin:].tolist()]
 
 
-def _contrast(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    combiner: Combiner,
-    main: list[list[int]],
-    pad: int,
-    max_prompt_tokens: int | None,
-    options: Mapping[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if combiner.amateur is not None:
-        _check_vocabularies(model, combiner.amateur)
-        return _batch(main, pad)
-    missing = [index for index, prompt in enumerate(prompts) if prompt.contrast is None]
-    if missing:
-        raise UserError(
-            f"prompt {missing[0] + 1} has no context: '{combiner.name}' contrasts a prompt with the same "
-            f"question without its context; give 'context' and 'question', or a 'contrast_prompt'"
-        )
-    encoded = [_tokens(tokenizer, prompt.contrast, max_prompt_tokens) for prompt in prompts]
-    _check_window(model, encoded, options)
-    return _batch(encoded, pad)
+def _check_contrasts(combiner: Combiner, prompts: Sequence[Prompt], names: Sequence[str]) -> None:
+    for prompt, name in zip(prompts, names, strict=True):
+        if prompt.contrast is None:
+            raise UserError(
+                f"{name} has no context: '{combiner.name}' contrasts a prompt with the same question without "
+                f"its context; give 'context' and 'question', or a 'contrast_prompt'"
+            )
 
 
 def _check_vocabularies(model: Any, amateur: Any) -> None:
@@ -210,24 +292,24 @@ def _tokens(tokenizer: Any, prompt: Any, limit: int | None) -> list[int]:
     return ids if limit is None else ids[-limit:]
 
 
-def _check_window(model: Any, encoded: list[list[int]], options: Mapping[str, Any]) -> None:
+def _check_window(model: Any, ids: list[int], options: Mapping[str, Any], name: str) -> None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     new = options.get("max_new_tokens") or 0
-    for number, ids in enumerate(encoded, 1):
-        if window and not is_encoder_decoder(model.config) and len(ids) + new > window:
-            raise UserError(
-                f"prompt {number} has {len(ids)} tokens, which with {new} new ones do not fit the model's window "
-                f"of {window}; shorten it, or set max_prompt_tokens to keep only its end"
-            )
+    if window and not is_encoder_decoder(model.config) and len(ids) + new > window:
+        raise UserError(
+            f"{name} has {len(ids)} tokens, which with {new} new ones do not fit the model's window "
+            f"of {window}; shorten it, or set max_prompt_tokens to keep only its end"
+        )
 
 
-def _batch(encoded: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(encoded: list[list[int]], pad: int, *, left: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     wide = max(len(ids) for ids in encoded)
     ids = torch.full((len(encoded), wide), pad)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(encoded):
-        ids[row, wide - len(tokens) :] = torch.tensor(tokens)
-        mask[row, wide - len(tokens) :] = 1
+        place = slice(wide - len(tokens), wide) if left else slice(len(tokens))
+        ids[row, place] = torch.tensor(tokens)
+        mask[row, place] = 1
     return ids, mask
 
 

@@ -24,8 +24,8 @@ def watching(
 ) -> Iterator[None]:
     """Call every callback before each forward pass of one ``model.generate`` call entered inside.
 
-    ``prompt_tokens`` is the (padded) length of the prompt. A prefill in chunks counts as one step, of which
-    only the last pass predicts. Without callbacks nothing is installed.
+    ``prompt_tokens`` is the (padded) length of the prompt, 1 for the decoder of an encoder-decoder. A prefill
+    in chunks counts as one step, of which only the last pass predicts. Without callbacks nothing is installed.
     """
     if not callbacks:
         yield
@@ -34,8 +34,8 @@ def watching(
 
     def hook(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal seen
-        tokens = named.get("input_ids")
-        tokens = named.get("inputs_embeds") if tokens is None else tokens
+        known = (named.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds"))
+        tokens = next((tensor for tensor in known if tensor is not None), None)
         if tokens is None:
             tokens = arguments[0]
         # Without a cache every pass reads the whole text again.
