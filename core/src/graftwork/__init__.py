@@ -8,10 +8,13 @@ from graftwork.errors import PluginError, UserError
 from graftwork.hookspecs import (
     Adapter,
     AreaChart,
+    Benchmark,
     Combiner,
     ForwardPass,
     GradientTransform,
+    LineChart,
     LossTerm,
+    Measurement,
     TrainingAlgorithm,
     hookimpl,
 )
@@ -21,10 +24,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AreaChart",
+    "Benchmark",
     "Combiner",
     "ForwardPass",
     "GradientTransform",
+    "LineChart",
     "LossTerm",
+    "Measurement",
     "PluginError",
     "TrainingAlgorithm",
     "UserError",

@@ -104,11 +104,16 @@ def run(**options: Any) -> None:
 @_model
 @click.option("--data", metavar="SOURCE", help="Tasks to score: a folder or <layout>:<path>.")
 @click.option("--text", metavar="FILE", help="Text file to take the perplexity of.")
+@click.option(
+    "--benchmark",
+    metavar="NAME",
+    help="qa, <plugin>:<benchmark> or lm-eval:<task>; its options are --set benchmark.KEY=VALUE.",
+)
 @_plugin
 @_set
 @click.option("--output", metavar="FILE", help="Write the scores as JSON here.")
 def evaluate(**options: Any) -> None:
-    """Score a model on tasks and measure its perplexity on a text."""
+    """Score a model on tasks, measure its perplexity on a text, or run a benchmark."""
     from graftwork.commands.using import evaluate
 
     evaluate(**options)

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from peft import PeftConfig
+    from pydantic import BaseModel
     from transformers import LogitsProcessor, PreTrainedModel, Trainer, TrainingArguments
 
     from graftwork.data.layouts import Layout
     from graftwork.data.tasks import Task
+    from graftwork.evaluate.benchmarks import Evaluation
     from graftwork.run import Run
 
 PROJECT = "graftwork"
@@ -158,6 +160,53 @@ class AreaChart:
     rest: str = "free"
 
 
+@dataclass(frozen=True)
+class LineChart:
+    """Lines for the report: ``series`` maps a name to its points ``(x, y)``."""
+
+    title: str
+    caption: str
+    x: str
+    y: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a benchmark found out about one model with the plugins of its run.
+
+    Attributes:
+        items: a metric's value for every item, in an order that depends on the data alone, so that two arms
+            are compared item by item; None where an item does not count. The metric is the mean.
+        values: metrics that are not means over items.
+        charts: for the report.
+        rows: one record per item (question, answer, ...), written to ``items.jsonl``.
+        files: further JSON files by name, written beside it, such as a setting that was chosen.
+        notes: sentences for the reader.
+    """
+
+    items: Mapping[str, Sequence[float | None]]
+    values: Mapping[str, float | None] = field(default_factory=dict)
+    charts: Sequence[LineChart] = ()
+    rows: Sequence[Mapping[str, Any]] = ()
+    files: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A measurement of a model, reached as ``trainer evaluate --benchmark`` and as ``benchmark:`` in recipes.
+
+    ``metrics`` says in a few words what each metric is (name: words with the unit); every name in the
+    measurement must be there. ``options``: a pydantic model for the keys beside ``name``.
+    """
+
+    summary: str
+    metrics: Mapping[str, str]
+    measure: Callable[[Evaluation], Measurement]
+    options: type[BaseModel] | None = None
+
+
 class GraftworkHooks:
     """The hook specifications. ``run`` is a :class:`graftwork.run.Run` everywhere."""
 
@@ -264,6 +313,15 @@ class GraftworkHooks:
     @hookspec
     def before_forward(self, run: Run, coming: ForwardPass) -> None:
         """Prepare for a forward pass while text is generated; called before each, in ``--plugin`` order."""
+
+    # ---------------------------------------------------------------- evaluation
+
+    @hookspec
+    def benchmarks(self, run: Run) -> Mapping[str, Benchmark] | None:
+        """Return ``{name: benchmark}``; a user names one as ``<plugin>:<name>``.
+
+        The plugin need not take part in the run: its benchmarks then measure the model without it.
+        """
 
     # ---------------------------------------------------------------- data
 

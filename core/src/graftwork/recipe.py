@@ -12,20 +12,41 @@ import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from graftwork import yaml_lines
 from graftwork.data.options import DataOptions
 from graftwork.errors import UserError, did_you_mean
 from graftwork.validation import first_problem, problem_path
 
-SHARED_KEYS = ("model", "data", "adapter", "plugins", "algorithm", "train", "per_task", "evaluate", "seed")
+SHARED_KEYS = (
+    "model",
+    "data",
+    "adapter",
+    "plugins",
+    "algorithm",
+    "train",
+    "per_task",
+    "evaluate",
+    "benchmark",
+    "seed",
+)
 RECIPE_KEYS = ("title", "steps", "repeat", "sizes", "expect")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_EARLIER = re.compile(r"step:([A-Za-z0-9][A-Za-z0-9_.-]*)(?:/(.+))?")
+"""What an earlier step made: ``step:NAME`` is its folder, ``step:NAME/FILE`` a file in it."""
 
 
 class ModelOptions(BaseModel):
@@ -91,7 +112,7 @@ class EvaluateOptions(BaseModel):
 
 
 class Job(BaseModel):
-    """One training job with every setting resolved."""
+    """One training job, or one evaluation job where it has a benchmark, with every setting resolved."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -111,7 +132,25 @@ class Job(BaseModel):
         {}, description="task name: how long and how fast it is learned, where that differs from train"
     )
     evaluate: EvaluateOptions = Field(default_factory=lambda: EvaluateOptions.model_validate({}))
+    benchmark: dict[str, Any] | None = Field(
+        None, description="name of a benchmark and its options: measure the model instead of training it"
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="seed of data, weights and order")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needs_no_tasks(cls, settings: Any) -> Any:
+        """A benchmark brings its own data."""
+        if isinstance(settings, dict) and settings.get("benchmark") and "data" not in settings:
+            return {**settings, "data": {"source": "none"}}
+        return settings
+
+    @field_validator("benchmark")
+    @classmethod
+    def _has_a_name(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not isinstance(value.get("name"), str):
+            raise ValueError("a benchmark needs its name, such as qa")
+        return value
 
     @field_validator("plugins", mode="before")
     @classmethod
@@ -139,11 +178,48 @@ class JobSpec:
     variant: str
     job: Job
     where: str = ""
+    needs: tuple[str, ...] = ()
+    """Earlier steps whose output this one reads."""
 
     @property
     def folder(self) -> str:
         """Return a folder name made of the arm and the variant."""
         return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{self.arm}-{self.variant}" if self.variant else self.arm)
+
+
+def with_outputs(spec: JobSpec, folders: Mapping[tuple[str, str], Path]) -> JobSpec:
+    """Return the job with every ``step:NAME`` replaced by the folder of that step's run of the same variant.
+
+    ``folders``: by step and variant.
+
+    Raises:
+        UserError: a step was not run, or made no such file.
+    """
+    if not spec.needs:
+        return spec
+
+    def found(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: found(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [found(one) for one in value]
+        match = _EARLIER.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            return value
+        folder = folders.get((match[1], spec.variant))
+        if folder is None or not folder.exists():
+            raise UserError(
+                f"{spec.where}: step '{spec.arm}' reads what step '{match[1]}' makes, which was not run; "
+                f"run it, too"
+            )
+        path = folder / match[2] if match[2] else folder
+        if not path.exists():
+            raise UserError(
+                f"{spec.where}: step '{match[1]}' made no '{match[2]}', which step '{spec.arm}' reads"
+            )
+        return str(path)
+
+    return replace(spec, job=Job.model_validate(found(spec.job.model_dump())))
 
 
 @dataclass
@@ -207,7 +283,7 @@ def expand(
         arm = _arm_name(step, index, document)
         if steps and arm not in steps:
             continue
-        merged = deep_merge(base, _normalised({k: v for k, v in step.items() if k != "name"}))
+        merged = _merged(base, _normalised({k: v for k, v in step.items() if k != "name"}))
         _find_beside(merged, Path(document.name).parent)
         for variant, assignments in _variants(frame.repeat):
             settings = copy.deepcopy(merged)
@@ -218,8 +294,9 @@ def expand(
             _apply_sets(settings, overrides)
             prefixes = [("steps", index), ("sizes", size), ()]
             job = _validate(Job, settings, document, prefixes)
-            jobs.append(JobSpec(arm, variant, job, document.name))
+            jobs.append(JobSpec(arm, variant, job, document.name, _earlier(settings)))
     _check_steps(steps, frame, document)
+    _check_earlier(jobs, frame, document)
     return Recipe(frame.title or Path(document.name).stem, size, jobs, frame.expect, tree)
 
 
@@ -232,6 +309,35 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
         else:
             result[key] = copy.deepcopy(value)
     return result
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge a step into what all share; options of one benchmark mean nothing to another."""
+    mine, shared = over.get("benchmark"), base.get("benchmark")
+    if mine and shared and mine.get("name", shared.get("name")) != shared.get("name"):
+        base = {**base, "benchmark": {}}
+    return deep_merge(base, over)
+
+
+def _earlier(value: Any) -> tuple[str, ...]:
+    """Return the steps that settings name as ``step:NAME``."""
+    if isinstance(value, str):
+        match = _EARLIER.fullmatch(value)
+        return (match[1],) if match else ()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return tuple(dict.fromkeys(name for part in parts for name in _earlier(part)))
+
+
+def _check_earlier(jobs: Sequence[JobSpec], frame: RecipeFrame, document: yaml_lines.Document) -> None:
+    names = [str(step.get("name")) for step in frame.steps]
+    for spec in jobs:
+        before = names[: names.index(spec.arm)] if spec.arm in names else []
+        for name in spec.needs:
+            if name not in before:
+                raise UserError(
+                    f"{document.name}: step '{spec.arm}' reads 'step:{name}', but no step of that name comes "
+                    f"before it{did_you_mean(name, before)}"
+                )
 
 
 def _find_beside(settings: dict[str, Any], folder: Path) -> None:
@@ -273,6 +379,8 @@ def _normalised(settings: Mapping[str, Any]) -> dict[str, Any]:
         result["model"] = {"ref": result["model"]}
     if isinstance(result.get("data"), str):
         result["data"] = {"source": result["data"]}
+    if isinstance(result.get("benchmark"), str):
+        result["benchmark"] = {"name": result["benchmark"]}
     return result
 
 
@@ -341,11 +449,14 @@ def _apply_sets(settings: dict[str, Any], overrides: Sequence[tuple[list[str], A
         # An option of a plugin is set where the plugin is used; it does not bring the plugin in.
         if path[0] == "plugins" and len(path) > 1 and path[1] not in (settings.get("plugins") or {}):
             continue
+        # Likewise, an option of a benchmark does not make an evaluation of a training job.
+        if path[0] == "benchmark" and len(path) > 1 and not settings.get("benchmark"):
+            continue
         _assign(settings, path, value)
 
 
 def _assign(settings: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    if len(path) == 1 and path[0] in ("model", "data") and isinstance(value, str):
+    if len(path) == 1 and path[0] in ("model", "data", "benchmark") and isinstance(value, str):
         value = _normalised({path[0]: value})[path[0]]
         if isinstance(settings.get(path[0]), dict):
             value = deep_merge(settings[path[0]], value)

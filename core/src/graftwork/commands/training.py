@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
 from graftwork.plugins import find
-from graftwork.recipe import Recipe, expand
+from graftwork.recipe import JobSpec, Recipe, expand, with_outputs
 from graftwork.recipes import locate
 from graftwork.yaml_lines import Document, read
 
@@ -91,7 +92,10 @@ def _execute(
     for plugin in dict.fromkeys(plugin for spec in recipe.jobs for plugin in spec.job.plugins):
         # Metadata only: a plugin that is not there is told at once, before torch is imported.
         find(plugin)
-    claims = [expect.parse(text, recipe.arms) for text in recipe.expect] if _complete(recipe) else []
+    claims = []
+    if _complete(recipe):
+        measured = _metrics(recipe)
+        claims = [expect.parse(text, recipe.arms, measured) for text in recipe.expect]
     if dry_run:
         from graftwork.train.job import quiet_libraries
         from graftwork.train.plan import dry_run as describe
@@ -122,6 +126,16 @@ def _execute(
     return 0 if all(entry["verdict"] == "held" for entry in results["expect"]) else 1
 
 
+def _metrics(recipe: Recipe) -> list[str]:
+    """Return the names of all metrics that the recipe's benchmarks measure."""
+    first = {spec.arm: spec for spec in reversed(recipe.jobs) if spec.job.benchmark}
+    if not first:
+        return []
+    from graftwork.evaluate.job import metric_names
+
+    return list(dict.fromkeys(name for spec in first.values() for name in metric_names(spec)))
+
+
 def _complete(recipe: Recipe) -> bool:
     """Whether all arms are there; with ``--step`` some are missing and the claims cannot be judged."""
     return len(recipe.arms) >= len(recipe.source.get("steps") or [None])
@@ -131,17 +145,18 @@ def _run_jobs(
     recipe: Recipe, root: Path, console: Console, resume: bool, allow_other_versions: bool
 ) -> list[dict[str, Any]]:
     from graftwork.run import lock_folder
-    from graftwork.train.job import check_job, quiet_libraries, run_job
+    from graftwork.train.job import quiet_libraries
 
     quiet_libraries()
     # Everything that can be refused is refused for all jobs before the first one costs an hour.
     checked: set[str] = set()
     for spec in recipe.jobs:
-        if spec.arm not in checked:
-            check_job(spec)
+        # What reads an earlier step's output is checked when that is there.
+        if spec.arm not in checked and not spec.needs:
+            _check(spec)
             checked.add(spec.arm)
     if len(recipe.jobs) == 1:
-        return [_one(recipe.jobs[0], root, console, resume, allow_other_versions, run_job)]
+        return [_one(recipe.jobs[0], root, console, resume, allow_other_versions)]
     if root.exists() and any(root.iterdir()) and not resume:
         raise UserError(f"'{root}' is not empty; add --resume to go on with it, or name another --output")
     jobs = []
@@ -149,18 +164,26 @@ def _run_jobs(
         for number, spec in enumerate(recipe.jobs, 1):
             console.say(f"[{number}/{len(recipe.jobs)}] {spec.arm}  {spec.variant}")
             folder = root / spec.folder
-            jobs.append(
-                _one(spec, folder, console, resume and folder.exists(), allow_other_versions, run_job)
-            )
+            earlier = {(step, spec.variant): root / replace(spec, arm=step).folder for step in spec.needs}
+            ready = with_outputs(spec, earlier)
+            jobs.append(_one(ready, folder, console, resume and folder.exists(), allow_other_versions))
     return jobs
 
 
-def _one(
-    spec: Any, folder: Path, console: Console, resume: bool, allow: bool, run_job: Any
-) -> dict[str, Any]:
-    from graftwork.run import Events
+def _check(spec: JobSpec) -> None:
+    from graftwork.evaluate.job import check_evaluation
+    from graftwork.train.job import check_job
 
-    result = run_job(spec, folder, console=console, resume=resume, allow_other_versions=allow)
+    (check_evaluation if spec.job.benchmark else check_job)(spec)
+
+
+def _one(spec: JobSpec, folder: Path, console: Console, resume: bool, allow: bool) -> dict[str, Any]:
+    from graftwork.evaluate.job import run_evaluation
+    from graftwork.run import Events
+    from graftwork.train.job import run_job
+
+    run = run_evaluation if spec.job.benchmark else run_job
+    result = run(spec, folder, console=console, resume=resume, allow_other_versions=allow)
     losses = [
         {
             key: value
@@ -194,11 +217,16 @@ def _results(recipe: Recipe, jobs: list[dict[str, Any]], verdicts: list[dict[str
 
 def _tables(results: dict[str, Any], markdown: bool = False) -> None:
     from graftwork.report import tables
+    from graftwork.report.measured import measured
 
     jobs = results["jobs"]
     scored = [job for job in jobs if job["scores"]]
+    groups = measured(jobs)
     if markdown:
-        click.echo(tables.comparison_markdown(jobs))
+        for members in groups.values():
+            click.echo(tables.benchmark_markdown(members) + "\n")
+        if len(jobs) > sum(map(len, groups.values())):
+            click.echo(tables.comparison_markdown([job for job in jobs if not job.get("benchmark")]))
         if results["expect"]:
             click.echo("\n" + tables.expect_markdown(results))
         return
@@ -206,7 +234,11 @@ def _tables(results: dict[str, Any], markdown: bool = False) -> None:
         click.echo(f"\n{job['name']}  {job['variant']}")
         click.echo(tables.score_table(job))
     if scored:
-        click.echo("\n" + tables.comparison_table(jobs))
+        click.echo("\n" + tables.comparison_table([job for job in jobs if not job.get("benchmark")]))
+    for benchmark, members in groups.items():
+        click.echo(f"\n{benchmark}\n{tables.benchmark_table(members)}")
+        for note in dict.fromkeys(note for job in members for note in job["notes"]):
+            click.echo(f"note: {note}")
     for job in scored:
         if job["general"] and len(scored) <= 4:
             click.echo(f"\n{job['name']}: general ability")
@@ -220,7 +252,9 @@ def _render(results: dict[str, Any], root: Path) -> None:
 
     write_report(results, root / "report.html")
     click.echo(f"\nreport:  {root / 'report.html'}")
-    for job in results["jobs"][:1] if len(results["jobs"]) == 1 else []:
+    for job in (
+        results["jobs"][:1] if len(results["jobs"]) == 1 and not results["jobs"][0].get("benchmark") else []
+    ):
         click.echo(f"model:   {root / job['output']}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,17 @@ def evaluate(
     plugins: Sequence[str],
     sets: Sequence[str],
     output: str | None,
+    benchmark: str | None = None,
 ) -> None:
-    """Score a model on tasks and texts; print a table and write JSON."""
+    """Score a model on tasks and texts, or by a benchmark; print a table and write JSON."""
+    if benchmark:
+        if data or text:
+            given = "--data" if data else "--text"
+            raise UserError(
+                f"{given} is not for a benchmark, which reads what --set benchmark.data=... names; leave it out"
+            )
+        _benchmark(model, benchmark, plugins, sets, output)
+        return
     from graftwork.data.stream import build_stream
     from graftwork.evaluate.answers import score_task
     from graftwork.evaluate.likelihood import check_processors
@@ -37,7 +47,9 @@ def evaluate(
     from graftwork.train.scores import candidates, check_labels, scoring_notes
 
     if not data and not text:
-        raise UserError("evaluate needs --data (tasks to score), --text (a text for its perplexity), or both")
+        raise UserError(
+            "evaluate needs --data (tasks to score), --text (a text for its perplexity), or --benchmark"
+        )
     if text and not Path(text).is_file():
         raise UserError(f"text file '{text}' does not exist")
     settings = {"model": model, "data": data or "none", "evaluate": {"cells": "final"}}
@@ -106,6 +118,61 @@ def evaluate(
         click.echo(f"perplexity {value['perplexity']:.3f} over {value['tokens']} tokens of {text}")
     if output:
         write_json_atomic(Path(output), result)
+
+
+def _benchmark(
+    model: str, name: str, plugins: Sequence[str], sets: Sequence[str], output: str | None
+) -> None:
+    """Measure with one benchmark; ``output`` takes the JSON, and beside it go a page and what else is written."""
+    from transformers import set_seed
+
+    from graftwork.evaluate.benchmarks import measure, write_files
+    from graftwork.evaluate.job import check_evaluation, load
+    from graftwork.report.html import write_report
+    from graftwork.report.tables import benchmark_table
+    from graftwork.run import hardware, versions
+    from graftwork.train.job import quiet_libraries
+
+    quiet_libraries()
+    settings = {"model": model, "benchmark": {"name": name}}
+    spec = expand(Document(settings, {}, "evaluate"), sets=sets, plugins=plugins).jobs[0]
+    check_evaluation(spec)
+    console = Console()
+    run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins), console=console)
+    loaded, tokenizer = load(spec.job)
+    set_seed(spec.job.seed)
+    measured, found = measure(run, spec.job.benchmark or {}, loaded, tokenizer, console)
+    job = {
+        "name": "+".join(spec.job.plugins) or "plain",
+        "variant": "",
+        "plugins": spec.job.plugins,
+        **measured,
+    }
+    click.echo(benchmark_table([job]))
+    for note in measured["notes"]:
+        click.echo(f"note: {note}")
+    if not output:
+        if found.files:
+            click.echo(f"(with --output FILE.json it also writes {', '.join(found.files)})")
+        return
+    path = Path(output)
+    write_json_atomic(path, {"model": model, "seed": spec.job.seed, **job, "versions": versions()})
+    written = write_files(found, path.parent)
+    page = path.with_suffix(".html")
+    command = shlex.join(["trainer", *sys.argv[1:]])
+    write_report(
+        {
+            "title": name,
+            "model": model,
+            "jobs": [{**job, "seed": spec.job.seed}],
+            "command": command,
+            "hardware": hardware(),
+            "versions": versions(),
+        },
+        page,
+    )
+    for one in (path, page, *written):
+        click.echo(f"wrote {one}")
 
 
 def generate(

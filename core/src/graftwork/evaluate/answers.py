@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from graftwork.data.labels import normalise
 from graftwork.distributed import gather_objects, rank_and_world
@@ -16,6 +16,7 @@ from graftwork.errors import UserError
 from graftwork.evaluate.encoding import Contexts, encode_prompt, pad_token
 from graftwork.evaluate.likelihood import label_likelihoods, most_likely
 from graftwork.evaluate.modes import evaluating
+from graftwork.generate.stopping import FirstLine
 from graftwork.models import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def generate_answers(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
                     logits_processor=LogitsProcessorList(logits_processors),
-                    stopping_criteria=StoppingCriteriaList([_FirstLine(tokenizer, begin)] * first_line),
+                    stopping_criteria=StoppingCriteriaList([FirstLine(tokenizer, begin)] * first_line),
                     **settings,
                 )
             texts = tokenizer.batch_decode(output[:, begin:], skip_special_tokens=True)
@@ -178,18 +179,6 @@ def answer_begin(model: Any, prompt_width: int) -> int:
     A decoder repeats the prompt; an encoder-decoder begins with its start token alone.
     """
     return 1 if is_encoder_decoder(model.config) else prompt_width
-
-
-class _FirstLine(StoppingCriteria):
-    """Stop a row once it has written a line break after some text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: int) -> None:
-        self.tokenizer = tokenizer
-        self.begin = begin
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.begin :], skip_special_tokens=True)
-        return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
 
 
 def _settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> dict[str, Any]:

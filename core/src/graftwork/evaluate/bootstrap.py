@@ -102,6 +102,50 @@ def paired_bootstrap(
     return Interval(float(observed.mean()), float(low), float(high))
 
 
+def item_bootstrap(
+    pairs: Sequence[tuple[Sequence[float | None], Sequence[float | None] | None]],
+    *,
+    factor: float = 1.0,
+    draws: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[Interval, int] | None:
+    """Return the interval of mean(A) minus ``factor`` times mean(B), and how many items it rests on.
+
+    Every pair holds two runs on the same items; B is None for A alone. An item that is None on either side
+    does not count. One draw of the items serves all runs, as they answer the same ones; runs are drawn with
+    replacement, too. None where no item counts.
+    """
+    generator = np.random.default_rng(seed)
+    observed, samples, counts = [], [], []
+    drawn: dict[int, np.ndarray[Any, Any]] = {}
+    for a, b in pairs:
+        other = [0.0] * len(a) if b is None else b
+        values = np.array(
+            [np.nan if x is None or y is None else x - factor * y for x, y in zip(a, other, strict=True)],
+            dtype=float,
+        )
+        counting = ~np.isnan(values)
+        if not counting.any():
+            return None
+        if len(values) not in drawn:
+            size = len(values)
+            drawn[size] = generator.multinomial(size, np.full(size, 1 / size), size=draws)
+        weights = drawn[len(values)] * counting
+        total = weights.sum(1)
+        filled = np.where(counting, values, 0.0)
+        # A draw without a counting item says nothing; the observed mean stands in.
+        mean = filled.sum() / counting.sum()
+        samples.append(np.where(total > 0, weights @ filled / np.maximum(total, 1), mean))
+        observed.append(mean)
+        counts.append(int(counting.sum()))
+    chosen = generator.integers(len(pairs), size=(draws, len(pairs)))
+    means = np.take_along_axis(np.stack(samples, axis=1), chosen, axis=1).mean(1)
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return Interval(float(np.mean(observed)), float(low), float(high)), min(counts)
+
+
 def _check_pair(a: Items, b: Items) -> None:
     if len(a) != len(b) or len(a[0]) != len(b[0]):
         raise UserError(

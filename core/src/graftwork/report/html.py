@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.files import write_text_atomic
-from graftwork.report import areas, cosines, plots
+from graftwork.report import areas, cosines, measured, plots
 from graftwork.report.css import CSS
 from graftwork.report.summary import (
     Cells,
@@ -86,6 +86,7 @@ class _Page:
     def render(self) -> str:
         sections = [
             ("verdict", "What was claimed, and what came out", self.verdict()),
+            ("measured", "What the benchmarks found", self.measured()),
             ("comparison", "Comparison", self.comparison()),
             ("scores", "Accuracy on every task, after every task", self.scores()),
             ("curves", "Forgetting, task by task", self.curves()),
@@ -149,23 +150,40 @@ class _Page:
         undecided = any(claim.get("verdict") == "not decided" for claim in claims)
         return (table + (_note(note) if undecided else "")) if claims else ""
 
+    def measured(self) -> str:
+        """Show, for each benchmark, a table of the arms, what its metrics are, and the charts of every arm."""
+        parts = []
+        groups = measured.measured(self.jobs)
+        for benchmark, jobs in groups.items():
+            if len(groups) > 1:
+                parts.append(f"<h3>{_text(benchmark)}</h3>")
+            words = "; ".join(f"{key}: {text}" for key, text in measured.metric_words(jobs).items())
+            parts.append(_table(measured.metric_cells(jobs)) + _note(f"{words}." if words else ""))
+            for arm, members in by_arm(jobs).items():
+                for chart in members[0].get("lines") or ():
+                    head = chart["title"] if len(by_arm(jobs)) == 1 else f"{arm}: {chart['title']}"
+                    drawn = self.figure(measured.line_chart(chart), str(chart.get("caption") or ""))
+                    parts.append(f"<h4>{_text(head)}</h4>{drawn}" if drawn else "")
+        return "".join(parts)
+
     def comparison(self) -> str:
-        if not self.jobs:
+        trained = [job for job in self.jobs if not job.get("benchmark")]
+        if not trained:
             return ""
-        heads, rows = comparison(self.jobs)
-        if not scored(self.jobs):
+        heads, rows = comparison(trained)
+        if not scored(trained):
             return _table((heads, rows)) if len(heads) > 1 else ""
         # What does not fit the page in one table is two: how well, and at what cost.
         tables = [(heads, rows)]
         if len(heads) > WIDEST:
-            tables = [comparison(self.jobs, cost=cost) for cost in (False, True)]
-        base = untouched(self.jobs)
+            tables = [comparison(trained, cost=cost) for cost in (False, True)]
+        base = untouched(trained)
         note = [
             *(words for start, words in _MEANINGS.items() if any(head.startswith(start) for head in heads)),
-            "±: standard deviation over runs." if len(self.jobs) > len(by_arm(self.jobs)) else "",
+            "±: standard deviation over runs." if len(trained) > len(by_arm(trained)) else "",
             f"The untouched model scores {percent(base)} % on these tasks." if base is not None else "",
         ]
-        figure = plots.bars(scored(self.jobs), self.numbers) if len(by_arm(self.jobs)) > 1 else ""
+        figure = plots.bars(scored(trained), self.numbers) if len(by_arm(trained)) > 1 else ""
         caption = "Mean over runs; whiskers are one standard deviation, each dot is one run."
         drawn = "".join(_table(cells) for cells in tables if len(cells[0]) > 1)
         return drawn + _note(" ".join(filter(None, note))) + self.figure(figure, caption)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from graftwork.report.measured import metric_cells, metric_words
 from graftwork.report.summary import Job, comparison, expect_cells, general_cells, score_cells
 from graftwork.report.words import short, width
 
@@ -44,12 +45,28 @@ def score_table(job: Job) -> str:
     return table if _fits(table) else align(heads, rows, gap=" ")
 
 
+def benchmark_table(jobs: Sequence[Job]) -> str:
+    """Return one row per arm of one benchmark, and below it what the metrics are."""
+    words = metric_words(jobs)
+    widest = max(map(len, words), default=0)
+    meanings = "\n".join(f"  {key.ljust(widest)}  {text}" for key, text in words.items())
+    return f"{_broken(*metric_cells(jobs))}\n\n{meanings}"
+
+
+def benchmark_markdown(jobs: Sequence[Job]) -> str:
+    """Return the rows of :func:`benchmark_table` as a Markdown table."""
+    return markdown(*metric_cells(jobs))
+
+
 def comparison_table(jobs: Sequence[Job]) -> str:
     """Return one row per arm: metrics as mean ± standard deviation over runs, cost, size.
 
     Where it is too wide, the columns that do not fit follow in a second table with the same rows.
     """
-    heads, rows = comparison(jobs)
+    return _broken(*comparison(jobs))
+
+
+def _broken(heads: list[str], rows: list[list[str]]) -> str:
     blocks: list[list[int]] = [[0]]
     for column in range(1, len(heads)):
         wider = [*blocks[-1], column]

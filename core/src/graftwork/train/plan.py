@@ -12,7 +12,9 @@ import torch
 
 from graftwork.data.stream import build_stream
 from graftwork.errors import UserError
-from graftwork.models import is_encoder_decoder
+from graftwork.evaluate.benchmarks import find_benchmark
+from graftwork.evaluate.job import check_evaluation
+from graftwork.models import build_meta, is_encoder_decoder
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job, JobSpec
 from graftwork.run import Run
@@ -34,6 +36,9 @@ def dry_run(spec: JobSpec, variants: Sequence[str] = (), gpus: int = 1) -> None:
         UserError: whatever refuses a job before its weights are read.
     """
     job = spec.job
+    if job.benchmark:
+        _describe_evaluation(spec, variants)
+        return
     run = Run(Path(), job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
     plan = Plan.make(run)
     if job.data.order:
@@ -56,16 +61,57 @@ def dry_run(spec: JobSpec, variants: Sequence[str] = (), gpus: int = 1) -> None:
         ("batch", _batch(job.train, gpus)),
         ("steps", _steps(job, run, gpus)),
     ]
-    for plugin, options in job.plugins.items():
-        resolved = run.plugins.objects[plugin]
-        values = getattr(resolved, "options", None)
+    rows += _options(run, variants)
+    rows.append(("train fields", ", ".join(f"{k}={v}" for k, v in job.train.items()) or "all defaults"))
+    for task, fields in job.per_task.items():
+        rows.append((f"for {task}", ", ".join(f"{k}={v}" for k, v in fields.items())))
+    _show(rows)
+
+
+def _describe_evaluation(spec: JobSpec, variants: Sequence[str]) -> None:
+    """Print what an evaluation job would measure, and on what; refuse what can be refused."""
+    job = spec.job
+    run = Run(Path(), job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
+    section = job.benchmark or {}
+    _, benchmark = find_benchmark(run, section["name"])
+    if spec.needs:
+        model = (
+            f"{job.model.ref} (made by an earlier step)"
+            if job.model.ref.startswith("step:")
+            else job.model.ref
+        )
+    else:
+        check_evaluation(spec)
+        meta = build_meta(
+            job.model.ref, inline=job.model.config, trust_remote_code=job.model.trust_remote_code
+        )
+        model = f"{job.model.ref}, {sum(one.numel() for one in meta.parameters()):,} parameters"
+    options = ", ".join(f"{key}={value}" for key, value in section.items() if key != "name")
+    click.echo(f"\n{spec.arm}")
+    _show(
+        [
+            ("model", model),
+            ("plugins", ", ".join(job.plugins) or "none"),
+            ("benchmark", f"{section['name']}: {benchmark.summary}"),
+            ("its options", options or "all defaults"),
+            ("metrics", ", ".join(benchmark.metrics)),
+            *_options(run, variants),
+        ]
+    )
+
+
+def _options(run: Run, variants: Sequence[str]) -> list[tuple[str, str]]:
+    rows = []
+    for plugin, options in run.job.plugins.items():
+        values = getattr(run.plugins.objects[plugin], "options", None)
         shown = values.model_dump() if values is not None else options
         rows.append((f"options of {plugin}", ", ".join(f"{k}={v}" for k, v in shown.items()) or "none"))
     if len(variants) > 1:
         rows.append(("runs", f"{len(variants)}: {'; '.join(variants)}"))
-    rows.append(("train fields", ", ".join(f"{k}={v}" for k, v in job.train.items()) or "all defaults"))
-    for task, fields in job.per_task.items():
-        rows.append((f"for {task}", ", ".join(f"{k}={v}" for k, v in fields.items())))
+    return rows
+
+
+def _show(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"  {name.ljust(width)}  {value}")
