@@ -112,6 +112,27 @@ def resumes_exactly(
     return compare
 
 
+@pytest.fixture
+def resumes_with_term(
+    resumes_exactly: Callable[[Any, str | None], Path], logged: Callable[[Path], list[dict[str, Any]]]
+) -> Callable[..., Path]:
+    """``resumes_with_term(recipe, plugin, term, rounding=0)``: as above, for tasks of three logged steps.
+
+    The loss term is absent in the first task, zero up to ``rounding`` at the start of the second, then above it.
+    """
+
+    def compare(recipe: Any, plugin: str | None, term: str, rounding: float = 0.0) -> Path:
+        whole = resumes_exactly(recipe, plugin)
+        logs = logged(whole)
+        assert len(logs) == 6
+        assert not any(f"loss/{term}" in log for log in logs[:3])
+        assert abs(logs[3][f"loss/{term}"]) <= rounding
+        assert all(log[f"loss/{term}"] > rounding for log in logs[4:])
+        return whole
+
+    return compare
+
+
 def _cut(now: bool, otherwise: Callable[..., Any] = lambda *_: None, *args: Any) -> Any:
     if now:
         raise KeyboardInterrupt

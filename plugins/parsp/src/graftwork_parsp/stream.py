@@ -69,13 +69,7 @@ class Stream:
         self._open(run, task, trainer)
         past = self._past
         self._count_tokens(run, task, trainer)
-        batches = task_batches(
-            trainer,
-            items=options.relevance_items,
-            batch_size=_batch_size(trainer),
-            console=run.console,
-            label=f"relevance {task.name}",
-        )
+        batches = _batches(run, task, trainer, "relevance", options.relevance_items)
         self.shares = _shares(relevance(model, self.mlps, batches, task=task.name))
         draw = torch.Generator().manual_seed(run.seed * 1009 + task.index)
         self.regions = map_regions(
@@ -201,13 +195,7 @@ class Stream:
             kept = kept_share(cast(nn.Module, trainer.model))
             fold(cast(nn.Module, trainer.model))
         self.projected = None
-        batches = task_batches(
-            trainer,
-            items=self.moment_items,
-            batch_size=_batch_size(trainer),
-            console=run.console,
-            label=f"moments {task.name}",
-        )
+        batches = _batches(run, task, trainer, "moments", self.moment_items)
         cores = {name: region.core for name, region in self.regions.items()}
         self._record(run, trainer, task.name, self.shares, cores, batches)
         self._report(run, task, kept)
@@ -298,6 +286,18 @@ class Stream:
 def _shares(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # In the precision that a checkpoint keeps, so that a resumed run sees the same numbers.
     return {name: normalised(value).float() for name, value in found.items()}
+
+
+def _batches(
+    run: Run, task: Task, trainer: Trainer, what: str, items: int | None
+) -> Iterator[dict[str, torch.Tensor]]:
+    return task_batches(
+        trainer,
+        items=items,
+        batch_size=_batch_size(trainer),
+        console=run.console,
+        label=f"{what} {task.name}",
+    )
 
 
 def _batch_size(trainer: Trainer) -> int:
