@@ -5,13 +5,12 @@ Every mistake in a file is told in one sentence with the file and the line or it
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftwork.data.json_lines import objects, parse_json, read_text, type_word
 from graftwork.data.labels import label_problem
 from graftwork.errors import UserError, did_you_mean
 from graftwork.files import made_once
@@ -244,17 +243,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], str]:
     """Return the items of a JSONL file, all of one form, and the form."""
     items: list[dict[str, Any]] = []
     form, kinds = "", {}
-    # Not splitlines(): a JSON string may hold U+2028 and other characters that it takes for line ends.
-    lines = _text(path).removesuffix("\n").split("\n")
-    for number, line in enumerate(lines if any(lines) else [], 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise UserError(f"{where}: an empty line; every line holds one JSON object")
-        item = _json(line, where)
-        if number == 1 and isinstance(item, list):
-            raise UserError(f"{where}: a JSON array; a .jsonl file holds one JSON object per line")
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: a {_kind(item)}, where a JSON object is expected")
+    for where, item in objects(read_text(path), str(path)):
         this = _form(item, where)
         form = form or this
         if this != form:
@@ -265,7 +254,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], str]:
             kind = kinds.setdefault(key, type(item[key]))
             if type(item[key]) is not kind:
                 raise UserError(
-                    f"{where}: '{key}' is {_kind(item[key])}, in the items before it {kind.__name__}; "
+                    f"{where}: '{key}' is {type_word(item[key])}, in the items before it {kind.__name__}; "
                     f"use text or chat messages, not both"
                 )
         items.append(item)
@@ -307,25 +296,10 @@ def _columns(items: list[dict[str, Any]], form: str) -> list[dict[str, Any]]:
     ]
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: an escape is half of a surrogate pair; write the character as UTF-8"
-            ) from None
-    return value
-
-
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    value = _json(_text(path), str(path))
+    value = parse_json(read_text(path), str(path))
     if not isinstance(value, list):
-        raise UserError(f"{path}: a {_kind(value)}, where a JSON array of items is expected")
+        raise UserError(f"{path}: a {type_word(value)}, where a JSON array of items is expected")
     for index, item in enumerate(value):
         yield f"{path}, item {index}", item
 
@@ -366,7 +340,7 @@ def _instructions(folder: Path) -> dict[str, str]:
         path = folder / name
         if not path.exists():
             continue
-        value = _json(_text(path), str(path))
+        value = parse_json(read_text(path), str(path))
         try:
             # Joined to text here, so that anything but a string is found out now.
             return {group: "" + entries[0]["instruction"] for group, entries in value.items()}
@@ -377,27 +351,15 @@ def _instructions(folder: Path) -> dict[str, str]:
     return {}
 
 
-def _text(path: Path) -> str:
-    try:
-        # Bytes: some editors put a byte-order mark in front, which JSON does not allow.
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8").replace("\r\n", "\n")
-    except FileNotFoundError:
-        raise UserError(f"data file '{path}' does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file '{path}' is not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"data file '{path}' cannot be read: {error.strerror}") from None
-
-
 def _need(item: Any, keys: dict[str, Any], where: str) -> None:
     if not isinstance(item, dict):
-        raise UserError(f"{where}: a {_kind(item)}, where a JSON object is expected")
+        raise UserError(f"{where}: a {type_word(item)}, where a JSON object is expected")
     for key, kind in keys.items():
         if key not in item:
             raise UserError(f"{where}: the key '{key}' is missing{did_you_mean(key, item)}")
         if not isinstance(item[key], kind):
             wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise UserError(f"{where}: '{key}' is {_kind(item[key])}, where {wanted} is expected")
+            raise UserError(f"{where}: '{key}' is {type_word(item[key])}, where {wanted} is expected")
 
 
 def _check_label(label: str, labels: list[str], where: str) -> None:
@@ -412,7 +374,3 @@ def _not_empty(items: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     if not items:
         raise UserError(f"{path}: no items; a task needs at least one")
     return items
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
