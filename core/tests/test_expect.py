@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from graftwork import UserError
-from graftwork.expect import judge, parse
+from graftwork.expect import concerns, judge, parse
 
 ARMS = ["ours", "lora"]
 
@@ -88,3 +88,11 @@ def test_costs_are_compared_by_their_means() -> None:
 
 def test_what_was_not_measured_decides_nothing() -> None:
     assert verdict("ours.fwt > 0", job("ours", 0.5, fwt=None)) == "not decided"
+
+
+def test_claims_about_steps_that_are_left_out() -> None:
+    assert concerns("a.ap > b.ap", {"b"})
+    assert concerns("a.ap > 0.5", {"a"})
+    assert concerns("a.kl < 0.5 * b.kl", {"b"})
+    assert not concerns("a.ap > b.ap", {"c"})
+    assert not concerns("no claim", {"no"})

@@ -10,7 +10,7 @@ between. Everything else is compared by its mean over the variants.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -41,6 +41,12 @@ class Claim:
     other_metric: str | None
     margin: float
     factor: float = 1.0
+
+
+def concerns(text: str, arms: Collection[str]) -> bool:
+    """Return whether the claim is about one of ``arms``; False where it is not of a claim's form."""
+    match = _CLAIM.fullmatch(text)
+    return match is not None and (match[1] in arms or match[5] in arms)
 
 
 def parse(text: str, arms: Sequence[str], measured: Sequence[str] = ()) -> Claim:
