@@ -23,7 +23,7 @@ MODELS = ["llama", "qwen2", "mistral", "gpt2"]
 
 def sharp(kind: str = "llama", **changes: Any) -> Any:
     """A tiny model with sharp predictions, whose greedy text differs between methods."""
-    model = tiny_model(kind, **changes)
+    model = tiny_model(kind, **{"tie_word_embeddings": False, **changes})
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
     return model

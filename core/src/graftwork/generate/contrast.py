@@ -25,6 +25,21 @@ def log_probabilities(main: torch.Tensor, contrast: torch.Tensor) -> tuple[torch
     return main.log_softmax(-1), contrast.log_softmax(-1)
 
 
+def log_ratio(main: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
+    """Return ``log p_main - log p_contrast``, B x V; -inf where ``main`` is -inf.
+
+    A token that only ``contrast`` rules out counts as the least likely one of its row there: the formula's
+    infinite score could not be sampled from.
+
+    Raises:
+        UserError: see :func:`log_probabilities`.
+    """
+    with_, without = log_probabilities(main, contrast)
+    ruled_out = without == -torch.inf
+    least = without.masked_fill(ruled_out, torch.inf).amin(-1, keepdim=True)
+    return with_ - torch.where(ruled_out, least, without)
+
+
 def tilt(main: torch.Tensor, contrast: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """Return ``main + weight * (log p_main - log p_contrast)``, B x V, on the scale of ``main``.
 
@@ -33,19 +48,24 @@ def tilt(main: torch.Tensor, contrast: torch.Tensor, weight: float | torch.Tenso
     ``main`` bit for bit.
 
     What is -inf in ``main`` stays so. A token that only ``contrast`` rules out is -inf under a negative
-    weight, as in the formula; under a positive one it counts as the least likely token of its row, where the
-    formula would give an infinite score that cannot be sampled from.
+    weight, as in the formula; for a positive one see :func:`log_ratio`.
 
     Raises:
-        UserError: see :func:`log_probabilities`; also where no token of a row is left.
+        UserError: see :func:`log_probabilities` and :func:`check_left`.
     """
-    with_, without = log_probabilities(main, contrast)
+    gain = log_ratio(main, contrast)
     weight = torch.as_tensor(weight, dtype=main.dtype, device=main.device)
-    ruled_out = without == -torch.inf
-    least = without.masked_fill(ruled_out, torch.inf).amin(-1, keepdim=True)
-    gain = with_ - torch.where(ruled_out, least, without)
     scores = torch.where(weight == 0, main, main + weight * gain)
-    scores = scores.masked_fill((main == -torch.inf) | (ruled_out & (weight < 0)), -torch.inf)
+    gone = (main == -torch.inf) | ((contrast == -torch.inf) & (weight < 0))
+    return check_left(scores.masked_fill(gone, -torch.inf))
+
+
+def check_left(scores: torch.Tensor) -> torch.Tensor:
+    """Return ``scores`` (B x V), of which every row must have a token to choose.
+
+    Raises:
+        UserError: a row is -inf throughout.
+    """
     empty = (scores == -torch.inf).all(-1)
     if empty.any():
         row = int(torch.nonzero(empty)[0])

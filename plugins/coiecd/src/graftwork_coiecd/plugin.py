@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from graftwork import Benchmark, Combiner, hookimpl
+from graftwork import Combiner, hookimpl
 
 from graftwork_coiecd.options import CoiecdOptions
 
