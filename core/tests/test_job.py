@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from graftwork import UserError
 from graftwork.testing.models import tiny_model
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
+from graftwork.train import job
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -103,8 +105,6 @@ def test_resuming_between_tasks_is_exact(
     if policy is None:
         # Stages of full weights are thinned out, so the cut run is stopped instead.
         with pytest.MonkeyPatch.context() as patch:
-            from graftwork.train import job
-
             original = job._Stream._learn
 
             def stop(self, task):
@@ -265,6 +265,37 @@ def test_items_that_do_not_fit_are_told(checkpoint: Path, stream: Path, tmp_path
     train["max_length"] = 5
     recipe = tiny_recipe(checkpoint, tmp_path / "data", adapter=LORA, train=train)
     assert "has no training item whose prompt is shorter" in refused(recipe, tmp_path / "none")
+
+
+@pytest.mark.parametrize("stop", ["first stage", "second task", "end"])
+def test_notes_about_the_data_survive_a_resumed_run(stop: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Those of reading (an item in both files) and those of training (an item that does not fit), each once."""
+    for name, long in (("one", 1), ("two", 2)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rows = [
+            {"prompt": f"{name}{i}" + "x" * (900 if i < long else 10), "completion": " y"} for i in range(8)
+        ]
+        for part, chosen in (("train", rows), ("test", rows[-1:])):
+            (tmp_path / f"data/{name}/{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    train = {"max_steps": 2, "max_length": 100, "save_strategy": "steps", "save_steps": 1}
+    recipe = tiny_recipe(checkpoint, tmp_path / "data", adapter=LORA, train=train)
+    whole = run_tiny(recipe, tmp_path / "whole")
+    for name, long in (("one", 1), ("two", 2)):
+        assert sum(f"{name}: {long} of 8 training items" in note for note in whole["notes"]) == 1
+        assert sum(f"{name}: 1 test items also stand" in note for note in whole["notes"]) == 1
+    cut = {"first stage": "_learn", "second task": "_write_stage", "end": "_finish"}[stop]
+    original = getattr(job._Stream, cut)
+
+    def interrupt(self: Any, *args: Any) -> Any:
+        if cut == "_finish" or args[0].index == 1:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job._Stream, cut, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(recipe, tmp_path / "cut")
+    assert run_tiny(recipe, tmp_path / "cut", resume=True)["notes"] == whole["notes"]
 
 
 def test_the_tiny_model_and_tasks_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,6 +323,7 @@ class _Stream:
                     "state_bytes": self.state_bytes,
                     "adapter_bytes": self.adapter_bytes,
                     "no_interference": self.updates.reason,
+                    "notes": task.notes,
                     "scores": self.scores.to_json(),
                 }
                 write_json_atomic(building / STAGE, record)
@@ -358,6 +359,9 @@ class _Stream:
         self.steps, self.trainable, self.total = record["steps"], record["trainable"], record["total"]
         self.state_bytes, self.adapter_bytes = record["state_bytes"], record["adapter_bytes"]
         self.updates.reason = record["no_interference"]
+        for task, folder in zip(self.tasks, done, strict=False):
+            # What was noted while it trained; what reading its data noted is among it.
+            task.notes[:] = (read_json(folder / STAGE) or {})["notes"]
 
     def _restore_full(self, stage: Path) -> None:
         model = load_model(
