@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from graftwork import UserError
-from graftwork.expect import concerns, judge, parse
+from graftwork.expect import PLAIN_METRICS, concerns, judge, parse
+from graftwork.testing.runs import run_tiny, tiny_recipe
 
 ARMS = ["ours", "lora"]
 
@@ -84,6 +86,26 @@ def test_costs_are_compared_by_their_means() -> None:
     ours, lora = job("ours", 0.5, train_seconds=3.0), job("lora", 0.5, train_seconds=2.0)
     assert verdict("ours.train_seconds < lora.train_seconds + 2", ours, lora) == "held"
     assert verdict("ours.train_seconds < lora.train_seconds", ours, lora) == "refuted"
+
+
+@pytest.mark.parametrize("metric", ["statistics_seconds", "adapter_bytes", "extra_state_bytes"])
+def test_what_a_method_keeps_and_computes_besides_training_can_be_claimed(metric: str) -> None:
+    ours, lora = ({**job(name, 0.5), metric: value} for name, value in (("ours", 2), ("lora", 3)))
+    assert verdict(f"ours.{metric} < lora.{metric}", ours, lora) == "held"
+    assert verdict(f"lora.{metric} <= ours.{metric}", ours, lora) == "refuted"
+    assert verdict(f"ours.{metric} < 2.5", ours) == "held"
+    assert verdict(f"ours.{metric} < 2.5", job("ours", 0.5)) == "not decided"
+
+
+def test_every_plain_metric_is_in_a_run_s_result(checkpoint: Path, stream: Path, tmp_path: Path) -> None:
+    """A claim about a name that no run writes would never be decided."""
+    adapter = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+    evaluate = {"cells": "final"}
+    train = {"max_steps": 1}
+    result = run_tiny(
+        tiny_recipe(checkpoint, stream, adapter=adapter, evaluate=evaluate, train=train), tmp_path / "run"
+    )
+    assert set(PLAIN_METRICS) - set(result) == {"unseen"}  # asked for by evaluate.general.tasks
 
 
 def test_what_was_not_measured_decides_nothing() -> None:

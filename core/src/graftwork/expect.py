@@ -25,7 +25,15 @@ _CLAIM = re.compile(
 )
 
 ITEM_METRICS = tuple(METRICS)
-PLAIN_METRICS = ("unseen", "train_seconds", "peak_memory_bytes", "trainable_parameters", "extra_state_bytes")
+PLAIN_METRICS = (
+    "unseen",
+    "train_seconds",
+    "statistics_seconds",
+    "peak_memory_bytes",
+    "trainable_parameters",
+    "adapter_bytes",
+    "extra_state_bytes",
+)
 Job = Mapping[str, Any]
 
 
