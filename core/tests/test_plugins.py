@@ -162,6 +162,15 @@ def test_a_plugin_reads_data_of_its_own(tmp_path: Path) -> None:
     assert (task.name, task.train["prompt"]) == ("lines", ["a", "b"])
 
 
+def test_a_plugin_makes_data_of_its_own() -> None:
+    def layout(path: Path):
+        rows = [{"prompt": str(number), "completion": " x"} for number in range(int(path.name))]
+        return {"made": lambda: RawTask("made", "completion", rows)}
+
+    (task,) = build_stream(DataOptions(source="made:3"), seed=0, sources={"made": layout})
+    assert task.train["prompt"] == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize(
     ("plugins", "owner"),
     [({"b": Source("jsonl")}, "graftwork itself"), ({"a": Source("n"), "b": Source("n")}, "plugin 'a'")],

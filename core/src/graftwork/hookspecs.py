@@ -329,6 +329,6 @@ class GraftworkHooks:
     def data_sources(self, run: Run) -> Mapping[str, Layout] | None:
         """Return ``{name: layout}``; a recipe then names data as ``<name>:<path>``.
 
-        A layout takes the path and returns ``{task name: reader}``; a reader takes nothing and returns
-        a :class:`graftwork.data.layouts.RawTask`. A name that is in use already is refused.
+        A layout takes the path, which need not exist, and returns ``{task name: reader}``; a reader takes
+        nothing and returns a :class:`graftwork.data.layouts.RawTask`. A name that is in use already is refused.
         """
