@@ -49,6 +49,16 @@ def asked(path: Path, **options: Any) -> Any:
     return read_questions(path, templates=TEMPLATES, **options)
 
 
+def test_generated_questions_need_no_file() -> None:
+    wrong, true = (asked(Path("tiny"), documents=which) for which in ("counterfactual", "true"))
+    assert len(wrong) == len(true) == 12
+    for one, other in zip(wrong, true, strict=True):
+        assert one.prompt.contrast == other.prompt.contrast
+        assert one.memory == other.answers != one.answers
+        assert one.answers[0] in str(one.prompt.main)
+        assert one.answers[0] not in str(other.prompt.main)
+
+
 def test_layouts(tmp_path: Path) -> None:
     plain = asked(lines(tmp_path / "plain.jsonl", PLAIN), limit=2, offset=1)
     assert [one.prompt.contrast for one in plain] == [

@@ -22,6 +22,8 @@ from graftwork.errors import UserError
 from graftwork.generate.prompts import Prompt, Templates
 
 Documents = Literal["counterfactual", "true"]
+TINY = "tiny"
+"""Generated questions instead of a file, in the layout ``rgb``."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def read_questions(
     limit: int | None = None,
     offset: int = 0,
 ) -> list[Question]:
-    """Return the questions of a file, without the first ``offset`` and at most ``limit``.
+    """Return the questions of a file (or of :data:`TINY`), without the first ``offset``, at most ``limit``.
 
     Raises:
         UserError: no such file, a broken line, an unknown layout, a missing field, nothing in it.
@@ -76,6 +78,11 @@ class _Place:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if str(path) == TINY:
+        from graftwork.testing.data import tiny_questions
+
+        yield from enumerate(tiny_questions(), 1)
+        return
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

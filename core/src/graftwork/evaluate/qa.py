@@ -47,7 +47,7 @@ class QaOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    data: str = Field(description="JSONL file of questions with contexts")
+    data: str = Field(description="JSONL file of questions with contexts; tiny: generated ones")
     documents: Literal["counterfactual", "true"] = Field(
         "counterfactual", description="which of two contexts is given, where the file has both"
     )

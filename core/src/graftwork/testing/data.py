@@ -1,4 +1,4 @@
-"""Generated task streams in the real on-disk layouts, small enough for a tiny model to learn."""
+"""Generated task streams and questions in the real on-disk layouts, small enough for a tiny model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 LABELS = {
     "fruit": ["apple", "pear"],
@@ -44,3 +45,24 @@ def tiny_stream(
         instructions[group] = [{"instruction_type": "zero-shot", "instruction": f"Which {name}?\n"}]
     (folder / "instructions.json").write_text(json.dumps(instructions))
     return folder
+
+
+def tiny_questions(count: int = 12) -> list[dict[str, Any]]:
+    """Return invented questions with a true and a counterfactual document each, in the layout of RGB."""
+    places = ["Arn", "Belt", "Cove", "Dorn", "Elm", "Fenn"]
+    found = []
+    for index in range(count):
+        truth, other = places[index % 6], places[(index + 1 + index // 6) % 6]
+        name = f"Lake {index}"
+        found.append(
+            {
+                "id": index,
+                "query": f"Where is {name}?",
+                "answer": truth,
+                "fakeanswer": other,
+                "positive": [f"{name} lies in {truth}."],
+                "positive_wrong": [f"{name} lies in {other}."],
+                "negative": [f"{name} is deep."],
+            }
+        )
+    return found
