@@ -18,6 +18,7 @@ from graftwork.data.tasks import Task
 from graftwork.errors import UserError
 from graftwork.evaluate.answers import generate_answers, score_task
 from graftwork.evaluate.perplexity import perplexity
+from graftwork.generate import Decoding
 from graftwork.testing.models import CONFIGS, tiny_checkpoint, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,12 +110,12 @@ def test_stops_at_a_line_break_after_text() -> None:
         says = Says(text)
         assert (
             generate_answers(
-                tiny_model(), TOKENIZER, ["a", "bcd"], max_new_tokens=20, logits_processors=[says]
+                tiny_model(), TOKENIZER, ["a", "bcd"], max_new_tokens=20, decoding=Decoding(processors=[says])
             )
             == [answer] * 2
         )
     says = Says("yes\nno and much more")
-    generate_answers(tiny_model(), TOKENIZER, ["a"], max_new_tokens=20, logits_processors=[says])
+    generate_answers(tiny_model(), TOKENIZER, ["a"], max_new_tokens=20, decoding=Decoding(processors=[says]))
     assert says.steps == 4
     whole = generate_answers(
         tiny_model(),
@@ -122,7 +123,7 @@ def test_stops_at_a_line_break_after_text() -> None:
         ["a"],
         max_new_tokens=20,
         first_line=False,
-        logits_processors=[Says("yes\nno")],
+        decoding=Decoding(processors=[Says("yes\nno")]),
     )
     assert whole == ["yes\nno"]
 
@@ -211,7 +212,7 @@ def test_contexts_surround_every_batch_and_progress_adds_up() -> None:
         TOKENIZER,
         PROMPTS,
         batch_size=3,
-        contexts=lambda: [context("a"), context("b")],
+        decoding=Decoding(contexts=lambda: [context("a"), context("b")]),
         progress=done.append,
     )
     assert entered == ["+a", "+b", "-b", "-a"] * 2
@@ -231,31 +232,48 @@ def test_normalise_is_idempotent(text: str) -> None:
 def test_labels_are_compared_normalised() -> None:
     scored = task(["Very good", "bad", "very good"], ["Very good", "bad"])
     score = score_task(
-        tiny_model(), TOKENIZER, scored, max_new_tokens=16, logits_processors=[Says(" very  GOOD!")]
+        tiny_model(),
+        TOKENIZER,
+        scored,
+        max_new_tokens=16,
+        decoding=Decoding(processors=[Says(" very  GOOD!")]),
     )
     assert score.correct == [True, False, True]
     assert score.accuracy == pytest.approx(2 / 3)
     assert score.invalid == 0
-    score = score_task(tiny_model(), TOKENIZER, scored, max_new_tokens=16, logits_processors=[Says("good")])
+    score = score_task(
+        tiny_model(), TOKENIZER, scored, max_new_tokens=16, decoding=Decoding(processors=[Says("good")])
+    )
     assert (score.accuracy, score.invalid, score.answers) == (0, 1, ["good"] * 3)
 
 
 def test_an_empty_answer_is_wrong_and_invalid() -> None:
-    score = score_task(tiny_model(), TOKENIZER, task(["a"], ["a", "b"]), logits_processors=[Says("")])
+    score = score_task(
+        tiny_model(), TOKENIZER, task(["a"], ["a", "b"]), decoding=Decoding(processors=[Says("")])
+    )
     assert (score.accuracy, score.invalid) == (0, 1)
 
 
 def test_answers_without_labels_must_be_exact() -> None:
     scored = task(["3.5", "35", "-5"])
-    assert score_task(tiny_model(), TOKENIZER, scored, logits_processors=[Says("3.5")]).correct == [
+    assert score_task(
+        tiny_model(), TOKENIZER, scored, decoding=Decoding(processors=[Says("3.5")])
+    ).correct == [
         True,
         False,
         False,
     ]
-    assert score_task(tiny_model(), TOKENIZER, scored, logits_processors=[Says("5")]).correct == [False] * 3
+    assert (
+        score_task(tiny_model(), TOKENIZER, scored, decoding=Decoding(processors=[Says("5")])).correct
+        == [False] * 3
+    )
     lines = task(["if x:\n    return 1"])
     score = score_task(
-        tiny_model(), TOKENIZER, lines, max_new_tokens=30, logits_processors=[Says("if x:\n  return 1")]
+        tiny_model(),
+        TOKENIZER,
+        lines,
+        max_new_tokens=30,
+        decoding=Decoding(processors=[Says("if x:\n  return 1")]),
     )
     assert score.correct == [True]
 

@@ -121,22 +121,57 @@ def evaluate(**options: Any) -> None:
 
 @cli.command()
 @_model
+@click.option("--prompt", metavar="TEXT", help="What to say to the model; '-' reads standard input.")
+@click.option("--question", metavar="TEXT", help="What to ask, put into a template.")
+@click.option("--context", metavar="TEXT", help="What --question is about.")
 @click.option(
-    "--prompt", required=True, metavar="TEXT", help="What to say to the model; '-' reads standard input."
+    "--input",
+    "source",
+    metavar="FILE",
+    help="JSONL with a prompt, a question (and context), or messages in each line; '-' reads standard input.",
 )
-@click.option("--plain", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option("--plain", is_flag=True, help="Send prompts as they are, without the chat template.")
 @_plugin
 @click.option(
     "--set",
     "sets",
     multiple=True,
     metavar="KEY=VALUE",
-    help="An option of transformers' generate, e.g. top_p=0.9.",
+    help="An option of transformers' generate, e.g. max_new_tokens=64; templates.with_context, "
+    "templates.without_context, model.* or plugins.NAME.*; repeatable.",
 )
-@click.option("--seed", type=int, default=42, show_default=True)
+@click.option("--seed", type=int, default=42, show_default=True, help="Where samples are drawn from.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Prompts that are answered together.",
+)
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Show one answer as it is written.  [default: on a terminal]",
+)
+@click.option("--output", metavar="FILE", help="Write answers here, as JSONL with the fields of the input.")
+@click.option("--resume", is_flag=True, help="Go on with the answers in --output.")
+@click.option(
+    "--max-prompt-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Keep the last N tokens of a prompt.  [default: refuse one that does not fit]",
+)
+@click.option(
+    "--rows",
+    type=click.Choice(["joint", "split"]),
+    help="Both prompts of a combiner in one pass, or a pass for each, with less memory where contexts are long.  "
+    "[default: joint]",
+)
+@click.option("--trace", metavar="FILE", help="Write an HTML page of what a combiner did, token by token.")
 def generate(**options: Any) -> None:
-    """Let a model answer."""
-    from graftwork.commands.using import generate
+    """Let a model answer a prompt, or a file of them."""
+    from graftwork.commands.generating import generate
 
     generate(**options)
 

@@ -12,6 +12,7 @@ import torch
 from graftwork import UserError
 from graftwork.data.stream import build_stream
 from graftwork.evaluate.answers import score_task
+from graftwork.generate import Decoding
 from graftwork.testing.models import tiny_model, tiny_tokenizer
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
 from graftwork_sparta import plugin, prompt_context
@@ -95,7 +96,9 @@ def test_the_score_is_that_of_the_saved_adapter(checkpoint: Path, stream: Path, 
     tasks = build_stream(recipe.jobs[0].job.data, seed=1, tokenizer=tokenizer)
     contexts = prompt_context(loaded)
     for column, task in enumerate(tasks):
-        score = score_task(loaded, tokenizer, task, contexts=lambda: [contexts.generation()])
+        score = score_task(
+            loaded, tokenizer, task, decoding=Decoding(contexts=lambda: [contexts.generation()])
+        )
         assert score.accuracy == result["scores"][-1][column]
         assert [int(value) for value in score.correct] == result["items"][-1][column]
 

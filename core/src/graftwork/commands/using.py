@@ -1,4 +1,4 @@
-"""``trainer evaluate`` and ``trainer generate``: use a model, trained here or elsewhere."""
+"""``trainer evaluate``: score a model, trained here or elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftwork.files import write_json_atomic
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job, expand
 from graftwork.run import Run
-from graftwork.yaml_lines import Document, parse_value
+from graftwork.yaml_lines import Document
 
 
 def evaluate(
@@ -40,9 +40,10 @@ def evaluate(
         _benchmark(model, benchmark, plugins, sets, output)
         return
     from graftwork.data.stream import build_stream
-    from graftwork.evaluate.answers import score_task
-    from graftwork.evaluate.likelihood import check_processors
+    from graftwork.evaluate.answers import check_decoding, score_task
+    from graftwork.evaluate.likelihood import check_plugins
     from graftwork.evaluate.perplexity import check_model, perplexity
+    from graftwork.generate.decoding import Decoding
     from graftwork.models import load_config, load_tokenizer
     from graftwork.train.scores import candidates, check_labels, scoring_notes
 
@@ -62,10 +63,12 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     options = job.evaluate
     with _loaded(job) as (run, loaded, _):
-        processors = run.plugins.call("logits_processors", run=run, model=loaded)
+        decoding = Decoding.from_plugins(run, loaded)
+        if tasks:
+            check_decoding(decoding)
         if tasks and options.scoring == "likelihood":
             check_labels(tasks)
-            check_processors(processors)
+            check_plugins(run, loaded)
             for note in scoring_notes(tasks, options, "all tasks given"):
                 console.say(note)
         for task in tasks:
@@ -82,8 +85,7 @@ def evaluate(
                     candidates=candidates(task, tasks, options.candidates),
                     batch_size=options.batch_size,
                     max_new_tokens=options.max_new_tokens,
-                    logits_processors=[item for _, many in processors for item in many],
-                    contexts=lambda: _contexts(run, loaded),
+                    decoding=decoding,
                     progress=bar.update,
                 )
             rows.append(
@@ -175,58 +177,6 @@ def _benchmark(
         click.echo(f"wrote {one}")
 
 
-def generate(
-    model: str, prompt: str, plain: bool, plugins: Sequence[str], sets: Sequence[str], seed: int
-) -> None:
-    """Print a model's answer to one prompt."""
-    from transformers import set_seed
-
-    from graftwork.evaluate.answers import answer_begin
-
-    options = _generation_options(sets)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise UserError("the prompt is empty; write something after --prompt")
-    job = expand(Document({"model": model, "data": "none"}, {}, "generate"), plugins=plugins).jobs[0].job
-    with _loaded(job) as (run, loaded, tokenizer):
-        set_seed(seed)
-        if tokenizer.chat_template and not plain:
-            chat = [{"role": "user", "content": text}]
-            batch = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            batch = tokenizer(text, return_tensors="pt")
-        batch = batch.to(loaded.device)
-        with contextlib.ExitStack() as stack:
-            for context in _contexts(run, loaded):
-                stack.enter_context(context)
-            ids = loaded.generate(**batch, logits_processor=_processors(run, loaded), **options)
-        begin = answer_begin(loaded, batch["input_ids"].shape[1])
-        click.echo(tokenizer.decode(ids[0, begin:], skip_special_tokens=True).strip())
-
-
-def _generation_options(sets: Sequence[str]) -> dict[str, Any]:
-    from transformers import GenerationConfig
-
-    from graftwork.errors import did_you_mean
-
-    known = set(GenerationConfig().to_dict())
-    options: dict[str, Any] = {"max_new_tokens": 128, "do_sample": False}
-    for item in sets:
-        key, equals, value = item.partition("=")
-        if not equals or key not in known:
-            raise UserError(
-                f"--set {item}: transformers' generate has no option '{key}'{did_you_mean(key, known)}"
-            )
-        options[key] = parse_value(value)
-        try:
-            GenerationConfig(**{key: options[key]})
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--set {item}: transformers' generate refuses it: {error}") from error
-    return options
-
-
 @contextlib.contextmanager
 def _loaded(job: Job) -> Iterator[tuple[Run, Any, Any]]:
     from graftwork.models import load_model, load_tokenizer
@@ -248,11 +198,3 @@ def _loaded(job: Job) -> Iterator[tuple[Run, Any, Any]]:
         model = model.to(device)
     model.eval()
     yield run, model, tokenizer
-
-
-def _processors(run: Run, model: Any) -> list[Any]:
-    return [item for _, many in run.plugins.call("logits_processors", run=run, model=model) for item in many]
-
-
-def _contexts(run: Run, model: Any) -> list[Any]:
-    return [context for _, context in run.plugins.call("generation_context", run=run, model=model)]

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
-
 from graftwork.data.labels import normalise
 from graftwork.distributed import gather_objects, rank_and_world
 from graftwork.errors import UserError
-from graftwork.evaluate.encoding import Contexts, encode_prompt, pad_token
+from graftwork.evaluate.encoding import encode_prompt, pad_token
 from graftwork.evaluate.likelihood import label_likelihoods, most_likely
-from graftwork.evaluate.modes import evaluating
-from graftwork.generate.stopping import FirstLine
+from graftwork.generate.decoding import Decoding, Encoded, decode_tokens
 from graftwork.models import is_encoder_decoder
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessor, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from graftwork.data.tasks import Task
 
@@ -60,8 +55,7 @@ def score_task(
     candidates: Sequence[str] | None = None,
     batch_size: int = 25,
     max_new_tokens: int = 8,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    contexts: Contexts = tuple,
+    decoding: Decoding | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Score:
     """Let the model answer every test item of ``task`` and compare with the gold answer.
@@ -84,10 +78,19 @@ def score_task(
     same = normalise if task.labels else _collapsed
     rank, world = rank_and_world()
     prompts = [rows[index]["prompt"] for index in _share(len(rows), rank, world)]
-    shared: dict[str, Any] = {"batch_size": batch_size, "contexts": contexts, "progress": progress}
+    decoding = decoding or Decoding()
     if scoring == "likelihood" and task.labels:
         choices = task.labels if candidates is None else candidates
-        answers = most_likely(label_likelihoods(model, tokenizer, prompts, choices, **shared), choices)
+        likelihoods = label_likelihoods(
+            model,
+            tokenizer,
+            prompts,
+            choices,
+            batch_size=batch_size,
+            contexts=decoding.contexts,
+            progress=progress,
+        )
+        answers = most_likely(likelihoods, choices)
     else:
         scoring = "generate"
         answers = generate_answers(
@@ -96,8 +99,9 @@ def score_task(
             prompts,
             max_new_tokens=max_new_tokens,
             first_line=bool(task.labels) or not any("\n" in answer.strip() for answer in gold),
-            logits_processors=logits_processors,
-            **shared,
+            decoding=decoding,
+            batch_size=batch_size,
+            progress=progress,
         )
     answers = _gathered(answers, len(rows), world)
     given = [same(answer) for answer in answers]
@@ -115,19 +119,21 @@ def generate_answers(
     batch_size: int = 25,
     max_new_tokens: int = 8,
     first_line: bool = True,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    contexts: Contexts = tuple,
+    decoding: Decoding | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
     """Return the greedy continuation of every prompt (strings or chat messages), without outer blanks.
 
     Prompts are sorted by length, so a batch pads little; answers come back in the order of the prompts.
-    ``first_line`` ends an answer at its first line break. ``contexts()`` gives what is entered around
-    each ``generate`` call. Neither the tokenizer nor the mode of any module is changed.
+    ``first_line`` ends an answer at its first line break. ``decoding`` is what plugins bring. Neither the
+    tokenizer nor the mode of any module is changed.
 
     Raises:
-        UserError: a prompt is empty, too long for the model, or a chat without a chat template.
+        UserError: a prompt is empty, too long for the model, or a chat without a chat template; ``decoding``
+            has a combiner that needs a context (see :func:`check_decoding`).
     """
+    decoding = decoding or Decoding()
+    check_decoding(decoding)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # An encoder-decoder's prompt and answer are two texts; a decoder's are one, which padding must not part.
     apart = is_encoder_decoder(model.config)
@@ -140,45 +146,37 @@ def generate_answers(
         )
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
     settings = _settings(model, tokenizer, max_new_tokens)
-    pad = settings["pad_token_id"]
     answers = [""] * len(encoded)
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = len(encoded[chosen[0]])
-            ids = torch.full((len(chosen), width), pad)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(chosen):
-                length = len(encoded[index])
-                place = slice(length) if apart else slice(width - length, width)
-                ids[row, place] = torch.tensor(encoded[index])
-                mask[row, place] = 1
-            begin = answer_begin(model, width)
-            with contextlib.ExitStack() as stack:
-                for context in contexts():
-                    stack.enter_context(context)
-                output = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    logits_processor=LogitsProcessorList(logits_processors),
-                    stopping_criteria=StoppingCriteriaList([FirstLine(tokenizer, begin)] * first_line),
-                    **settings,
-                )
-            texts = tokenizer.batch_decode(output[:, begin:], skip_special_tokens=True)
-            for index, text in zip(chosen, texts, strict=True):
-                text = text.strip()
-                answers[index] = text.split("\n")[0].rstrip() if first_line else text
-            if progress:
-                progress(len(chosen))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found = decode_tokens(
+            model,
+            [Encoded(encoded[index]) for index in chosen],
+            tokenizer=tokenizer,
+            decoding=decoding,
+            first_line=first_line,
+            **settings,
+        )
+        for index, tokens in zip(chosen, found, strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            answers[index] = text.split("\n")[0].rstrip() if first_line else text
+        if progress:
+            progress(len(chosen))
     return answers
 
 
-def answer_begin(model: Any, prompt_width: int) -> int:
-    """Return where the answer begins in what ``generate`` returns for a prompt of ``prompt_width`` tokens.
+def check_decoding(decoding: Decoding) -> None:
+    """Refuse a combiner that contrasts a prompt with one without its context: the items of a task have one text.
 
-    A decoder repeats the prompt; an encoder-decoder begins with its start token alone.
+    Raises:
+        UserError: there is such a combiner.
     """
-    return 1 if is_encoder_decoder(model.config) else prompt_width
+    combiner = decoding.combiner
+    if combiner is not None and combiner.amateur is None:
+        raise UserError(
+            f"'{combiner.name}' contrasts a prompt with the same question without its context, and the items of a "
+            f"task have no context apart; score the tasks without its plugin"
+        )
 
 
 def _settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> dict[str, Any]:

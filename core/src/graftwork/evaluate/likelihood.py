@@ -29,6 +29,8 @@ from graftwork.evaluate.modes import evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from graftwork.run import Run
+
 GENERATE = "score it by what it writes (evaluate.scoring: generate)"
 
 
@@ -119,17 +121,16 @@ def question(tokenizer: Any, prompt: Any, labels: Sequence[str]) -> Question:
     return Question(asked[:shared], tuple(tuple(ids[shared:]) for ids in whole))
 
 
-def check_processors(processors: Sequence[tuple[str, Sequence[Any]]]) -> None:
-    """Raise ``UserError`` where a plugin wants to change how answers are written: here none are.
-
-    ``processors`` are (plugin name, its logits processors).
-    """
-    for name, given in processors:
-        if given:
-            raise UserError(
-                f"plugin '{name}' changes how answers are written, which likelihood scoring would ignore; "
-                f"{GENERATE}"
-            )
+def check_plugins(run: Run, model: Any) -> None:
+    """Raise ``UserError`` where a plugin wants to change how answers are written: here none are."""
+    changing = [name for name, given in run.plugins.call("logits_processors", run=run, model=model) if given]
+    changing += [name for name, _ in run.plugins.call("combiner", run=run, model=model)]
+    changing += run.plugins.implements("before_forward")
+    if changing:
+        raise UserError(
+            f"plugin '{changing[0]}' changes how answers are written, which likelihood scoring would ignore; "
+            f"{GENERATE}"
+        )
 
 
 def check_model(model: Any, adapter: Any = None) -> None:

@@ -11,9 +11,10 @@ from graftwork.data.prompts import leaks
 from graftwork.data.stream import held_out_tasks
 from graftwork.errors import UserError
 from graftwork.evaluate import continual
-from graftwork.evaluate.answers import Score, score_task
-from graftwork.evaluate.likelihood import check_model, check_processors
+from graftwork.evaluate.answers import Score, check_decoding, score_task
+from graftwork.evaluate.likelihood import check_model, check_plugins
 from graftwork.evaluate.perplexity import perplexity
+from graftwork.generate.decoding import Decoding
 
 if TYPE_CHECKING:
     from graftwork.console import Console
@@ -65,9 +66,11 @@ class Scores:
 
     def before(self, stack: AdapterStack) -> None:
         """Measure the untouched model."""
-        if self.options.scoring == "likelihood":
+        if any(task.test is not None for task in [*self.tasks, *self.held_out]):
             # The rest of the plugins' say is known: better now than after the training.
-            check_processors(self._processors(stack.model))
+            check_decoding(Decoding.from_plugins(self.run, stack.model))
+        if self.options.scoring == "likelihood":
+            check_plugins(self.run, stack.model)
             for note in self.notes():
                 self.console.say(f"  {note}")
         if self.options.cells == "all":
@@ -122,15 +125,10 @@ class Scores:
             )
             self.console.say(f"  {stage:<24} {cells}")
 
-    def _processors(self, model: Any) -> list[tuple[str, Any]]:
-        return self.run.plugins.call("logits_processors", run=self.run, model=model)
-
     def _score(self, task: Task, model: Any, *, learned: int) -> Score:
         """Score ``task`` with a model that has learned the first ``learned`` tasks."""
-        plugins, run = self.run.plugins, self.run
-        processors = self._processors(model)
         if self.options.scoring == "likelihood":
-            check_processors(processors)
+            check_plugins(self.run, model)
         with self.console.bar(len(task.test or []), f"score {task.name}") as bar:
             return score_task(
                 model,
@@ -140,8 +138,7 @@ class Scores:
                 candidates=candidates(task, self.tasks[:learned], self.options.candidates),
                 batch_size=self.options.batch_size,
                 max_new_tokens=self.options.max_new_tokens,
-                logits_processors=[item for _, many in processors for item in many],
-                contexts=lambda: [c for _, c in plugins.call("generation_context", run=run, model=model)],
+                decoding=Decoding.from_plugins(self.run, model),
                 progress=bar.update,
             )
 
