@@ -129,13 +129,14 @@ class DepthSchedule:
                 f"target_ratio = {ratio:g} is not between {lowest:.4g} (the minimum of {self.minimum} of "
                 f"{self.layers} layers) and 1"
             )
-        low, high = replace(self, alpha=lowest), replace(self, alpha=1.0)
+        none = replace(self, alpha=1.0)
+        low, high = replace(self, alpha=lowest), none
         for _ in range(100):
             middle = replace(self, alpha=(low.alpha + high.alpha) / 2)
             if middle.alpha in (low.alpha, high.alpha):
                 break
             low, high = (low, middle) if middle.mean_ratio(weights) >= ratio else (middle, high)
-        return min((high, low), key=lambda one: abs(one.mean_ratio(weights) - ratio))
+        return min((none, high, low), key=lambda one: abs(one.mean_ratio(weights) - ratio))
 
     @cached_property
     def leaving(self) -> tuple[int, ...]:

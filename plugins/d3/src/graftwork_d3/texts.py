@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from graftwork import UserError
+from graftwork.data.json_lines import objects, read_text
+from graftwork.data.texts import text_windows
 from graftwork.evaluate.benchmarks import Evaluation
 from graftwork.evaluate.encoding import encode_prompt
 from graftwork.generate import Decoding, Prompt, decode
 from graftwork.generate.prompts import as_chat
 from pydantic import BaseModel, ConfigDict, Field
 
-GENERATED = "generated"
+TINY = "tiny"
 # Tokens of a text before the window that is scored, as in the pilot of this method's notes.
 TEXT_PROMPT = 64
 
@@ -38,7 +40,7 @@ class TextOptions(BaseModel):
 
     data: str | None = Field(
         None,
-        description="JSONL of questions, answered greedily by the full model; 'generated' for made-up sums",
+        description="JSONL of questions, answered greedily by the full model; 'tiny' for made-up sums",
     )
     text: str | None = Field(None, description="plain text instead of data: windows of it, as they stand")
     limit: int = Field(12, ge=1, description="questions, or windows, that are scored")
@@ -127,28 +129,19 @@ def read_questions(source: str, limit: int, offset: int) -> list[str]:
     Raises:
         UserError: no such file; a line without a question; fewer than one question after ``offset``.
     """
-    if source == GENERATED:
+    if source == TINY:
         return made_up(limit + offset)[offset:]
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"benchmark.data: '{path}' does not exist")
     found: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                question = json.loads(line)["question"]
-            except (ValueError, KeyError, TypeError):
-                question = None
-            if not isinstance(question, str) or not question.strip():
-                raise UserError(f"{path}, line {number}: needs a JSON object with a text 'question'")
-            found.append(question)
-            if len(found) == offset + limit:
-                break
+    for where, record in objects(read_text(Path(source)), source):
+        question = record.get("question")
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"{where}: needs a text 'question'")
+        found.append(question)
+        if len(found) == offset + limit:
+            break
     if len(found) <= offset:
         raise UserError(
-            f"benchmark.data: '{path}' has {len(found)} questions, and the first {offset} are left out"
+            f"data file '{source}' has {len(found)} questions, and the first {offset} are left out"
         )
     return found[offset:]
 
@@ -163,17 +156,12 @@ def made_up(count: int) -> list[str]:
 
 
 def _windows(path: Path, tokenizer: Any, options: TextOptions) -> list[Scored]:
-    if not path.is_file():
-        raise UserError(f"benchmark.text: '{path}' does not exist")
-    ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    width = TEXT_PROMPT + options.max_new_tokens
-    if len(ids) < width * options.limit:
+    """Return windows evenly spaced over the text: the first tokens of each are its prompt."""
+    windows = text_windows(path, tokenizer, TEXT_PROMPT + options.max_new_tokens).tolist()
+    if len(windows) < options.limit:
         raise UserError(
-            f"benchmark.text: '{path}' has {len(ids)} tokens, too few for {options.limit} windows of {width}; "
-            f"lower benchmark.limit or max_new_tokens"
+            f"text file '{path}' has {len(windows)} windows of {TEXT_PROMPT + options.max_new_tokens} tokens, fewer "
+            f"than benchmark.limit = {options.limit}"
         )
-    # Evenly over the text.
-    starts = [number * (len(ids) - width) // max(1, options.limit - 1) for number in range(options.limit)]
-    return [
-        Scored(f"token {at}", ids[at : at + TEXT_PROMPT], ids[at + TEXT_PROMPT : at + width]) for at in starts
-    ]
+    chosen = [number * len(windows) // options.limit for number in range(options.limit)]
+    return [Scored(f"window {at + 1}", windows[at][:TEXT_PROMPT], windows[at][TEXT_PROMPT:]) for at in chosen]
