@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from graftwork import Combiner, hookimpl
+from graftwork import Benchmark, Combiner, hookimpl
 
 from graftwork_coiecd.options import CoiecdOptions
 
@@ -25,3 +26,9 @@ class CoiecdPlugin:
     def combiner(self, run: Run, model: PreTrainedModel) -> Combiner:
         method = self.options.method
         return Combiner("coiecd", method.scores, explain=method.explain)
+
+    @hookimpl
+    def benchmarks(self, run: Run) -> Mapping[str, Benchmark]:
+        from graftwork_coiecd.steps import benchmark
+
+        return {"steps": benchmark(self.options.method)}
