@@ -41,7 +41,8 @@ def check_evaluation(spec: JobSpec) -> None:
     section = spec.job.benchmark or {}
     _, benchmark = find_benchmark(run, section["name"])
     benchmark_options(benchmark, section, f"{spec.where}: ")
-    load_config(spec.job.model.ref, trust_remote_code=spec.job.model.trust_remote_code)
+    asked = spec.job.model
+    load_config(asked.ref, inline=asked.config, trust_remote_code=asked.trust_remote_code)
 
 
 def run_evaluation(
