@@ -238,6 +238,14 @@ def test_a_missing_context_and_an_encoder_are_refused() -> None:
         run(tiny_model("t5"), decoding=Decoding(MAIN))
 
 
+def test_two_prompts_that_are_the_same_are_told_of() -> None:
+    twice = [PAIRS[0], Prompt("hello", "hello")]
+    with pytest.warns(
+        UserWarning, match="the two prompts of prompt 2 are the same: the contrast of 'guided' is zero"
+    ):
+        assert run(tiny_model(), twice, Decoding(guided(3.0)))[1] == run(tiny_model(), twice)[1]
+
+
 def test_truncation_only_when_asked_for() -> None:
     model = tiny_model()
     long = Prompt("x" * 30 + "What now?", "What now?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -275,6 +276,11 @@ def _check_contrasts(combiner: Combiner, prompts: Sequence[Prompt], names: Seque
             raise UserError(
                 f"{name} has no context: '{combiner.name}' contrasts a prompt with the same question without "
                 f"its context; give 'context' and 'question', or a 'contrast_prompt'"
+            )
+        if prompt.contrast == prompt.main:
+            warnings.warn(
+                f"the two prompts of {name} are the same: the contrast of '{combiner.name}' is zero",
+                stacklevel=2,
             )
 
 
