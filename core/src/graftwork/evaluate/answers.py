@@ -158,15 +158,15 @@ def generate_answers(
             **settings,
         )
         for index, tokens in zip(chosen, found, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             answers[index] = text.split("\n")[0].rstrip() if first_line else text
         if progress:
             progress(len(chosen))
     return answers
 
 
-def check_decoding(decoding: Decoding) -> None:
-    """Refuse a combiner that contrasts a prompt with one without its context: the items of a task have one text.
+def check_decoding(decoding: Decoding, what: str = "the items of a task") -> None:
+    """Refuse a combiner that contrasts a prompt with one without its context: ``what`` is asked has one text.
 
     Raises:
         UserError: there is such a combiner.
@@ -174,8 +174,8 @@ def check_decoding(decoding: Decoding) -> None:
     combiner = decoding.combiner
     if combiner is not None and combiner.amateur is None:
         raise UserError(
-            f"'{combiner.name}' contrasts a prompt with the same question without its context, and the items of a "
-            f"task have no context apart; score the tasks without its plugin"
+            f"'{combiner.name}' contrasts a prompt with the same question without its context, and {what} have no "
+            f"context apart; score them without its plugin"
         )
 
 
