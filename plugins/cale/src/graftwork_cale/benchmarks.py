@@ -71,13 +71,7 @@ def measure_layers(evaluation: Evaluation) -> Measurement:
     grown = by_divergence(kl, "growth")
     picked = by_divergence(kl, "peak") if options.criterion == "peak" else grown
     scores = _scores(evaluation, options, items, questions, picked)
-    if scores:
-        chosen = best({setting: _mean(values) for setting, values in scores.items()})
-    else:
-        chosen = Setting(picked, options.strengths[0])
-    if chosen.layer is None and options.criterion != "supervised":
-        # The layer is known even where no strength of it helps.
-        chosen = Setting(picked, 1.0)
+    chosen = _chosen(options, scores, picked)
     config = CaleConfig(
         model=model_id(model),
         layers=len(kl),
@@ -92,14 +86,32 @@ def measure_layers(evaluation: Evaluation) -> Measurement:
         data=_hash(prompts, questions),
         items=len(items),
     )
-    control = _random_layer(config, evaluation.run.seed)
+    files = {"cale.json": config}
+    unaided = config
+    if options.criterion == "supervised":
+        # What would have been chosen without trying other layers, from the same scores.
+        of_one = {one: values for one, values in scores.items() if one.layer in (None, grown)}
+        setting = _chosen(options.model_copy(update={"criterion": "growth"}), of_one, grown)
+        update = {"layer": grown, "strength": setting.strength, "off": setting.strength == 1}
+        unaided = config.model_copy(update={**update, "criterion": "growth"})
+        files["growth.json"] = unaided
+    files["random-layer.json"] = _random_layer(unaided, evaluation.run.seed)
     return Measurement(
         items=_items(profile, scores, chosen),
         values=_values(chosen, scores, grown, options),
         charts=_charts(profile, scores),
-        files={"cale.json": config.model_dump(), "random-layer.json": control.model_dump()},
+        files={name: one.model_dump() for name, one in files.items()},
         notes=_notes(config, scores, profile),
     )
+
+
+def _chosen(options: LayersOptions, scores: dict[Setting, list[float]], picked: int) -> Setting:
+    """Return the best of ``scores``, or ``picked`` with the only strength where nothing was scored."""
+    if not scores:
+        return Setting(picked, options.strengths[0])
+    found = best({setting: _mean(values) for setting, values in scores.items()})
+    # The layer is known by its divergence even where no strength of it helps.
+    return Setting(picked, 1.0) if found.layer is None and options.criterion != "supervised" else found
 
 
 def ask(options: Any, tokenizer: Any) -> tuple[list[Question], list[Prompt]]:

@@ -102,7 +102,7 @@ def measure(
 ) -> Profile:
     """Return the profile of ``model`` on ``items``; all have answers, or none.
 
-    Two forward passes per batch. The lens works on one position of one layer at a time (B x V, never
+    Two forward passes per batch. The lens works on B positions of one layer at a time (B x V, never
     B x L x V). The batch size does not change the result.
 
     Raises:
@@ -139,11 +139,11 @@ def _measure(model: Any, lens: Lens, batch: Sequence[Item]) -> dict[str, torch.T
     last = streams[0][-1]
     for layer in range(len(streams[0])):
         both = [stream[layer] for stream in streams]
-        firsts = [lens(_at(hidden, lengths, 0)) for hidden in both]
+        firsts = [lens(_at_first(hidden, lengths)) for hidden in both]
         divergence = (firsts[0].exp() * (firsts[0] - firsts[1])).sum(-1)
         # A divergence is not negative; its rounding may be.
         found.setdefault("kl", []).append(divergence.clamp_min(0))
-        norms = [_at(hidden, lengths, 0).float().norm(dim=-1) for hidden in (both[0], last)]
+        norms = [_at_first(hidden, lengths).float().norm(dim=-1) for hidden in (both[0], last)]
         found.setdefault("norm", []).append(norms[0] / norms[1])
         if labelled:
             for suffix, hidden, first in zip(("", "_without"), both, firsts, strict=True):
@@ -157,24 +157,24 @@ def _answer_likelihoods(
     lens: Lens, hidden: torch.Tensor, first: torch.Tensor, batch: Sequence[Item], lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ln p of every answer's first token, and its mean over the answer's tokens (B each)."""
-    total = torch.zeros(len(batch), dtype=first.dtype, device=first.device)
-    of_first = total
-    for place in range(int(lengths.max())):
-        # A row whose answer has ended repeats its last token, with weight 0.
-        here = torch.tensor([item.answer[min(place, len(item.answer) - 1)] for item in batch])
-        weight = (place < lengths).to(first)
-        predicted = first if place == 0 else lens(_at(hidden, lengths, place))
-        likelihood = predicted.gather(-1, here.to(first.device)[:, None])[:, 0]
-        total = total + weight * likelihood
-        if place == 0:
-            of_first = likelihood
+    tokens = torch.tensor([item.answer[0] for item in batch], device=first.device)
+    of_first = first.gather(-1, tokens[:, None])[:, 0]
+    total = of_first.clone()
+    later = [(row, place) for row, item in enumerate(batch) for place in range(1, len(item.answer))]
+    # As many of them at once as there are items, so that nothing is larger than B x V.
+    for start in range(0, len(later), len(batch)):
+        rows, places = (torch.tensor(part) for part in zip(*later[start : start + len(batch)], strict=True))
+        columns = hidden.shape[1] - lengths[rows] + places
+        predicted = lens(hidden[rows.to(hidden.device), columns.to(hidden.device)])
+        wanted = torch.tensor([batch[row].answer[place] for row, place in later[start : start + len(batch)]])
+        likelihoods = predicted.gather(-1, wanted.to(first.device)[:, None])[:, 0]
+        total = total.index_add(0, rows.to(first.device), likelihoods)
     return of_first, total / lengths.to(first)
 
 
-def _at(hidden: torch.Tensor, lengths: torch.Tensor, place: int) -> torch.Tensor:
-    """Return B x d: where token ``place`` of each row's answer is predicted. ``hidden``: B x A x d, the end."""
-    columns = hidden.shape[1] - lengths + torch.minimum(torch.tensor(place), lengths - 1)
-    return hidden[torch.arange(len(hidden)), columns.to(hidden.device)]
+def _at_first(hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return B x d: where the first token of each row's answer is predicted. ``hidden``: B x A x d, the end."""
+    return hidden[torch.arange(len(hidden)), (hidden.shape[1] - lengths).to(hidden.device)]
 
 
 def _hidden_states(model: Any, lens: Lens, rows: list[list[int]], keep: int) -> list[torch.Tensor]:
