@@ -111,15 +111,18 @@ def measure(
     if not items:
         raise UserError("there are no items to measure layers on")
     lens, parts = Lens(model), []
+    # Prompts of like length go together, so that a batch pads little.
+    order = sorted(range(len(items)), key=lambda index: -len(items[index].main))
     with evaluating(model):
         for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
+            batch = [items[index] for index in order[start : start + batch_size]]
             parts.append(_measure(model, lens, batch))
             if progress:
                 progress(len(batch))
+    back = torch.tensor(order).argsort()
     labelled = bool(items[0].answer)
     names = ("kl", "norm", *(("first", "first_without", "mean", "mean_without") if labelled else ()))
-    return Profile(**{name: torch.cat([part[name] for part in parts]) for name in names})
+    return Profile(**{name: torch.cat([part[name] for part in parts])[back] for name in names})
 
 
 def _measure(model: Any, lens: Lens, batch: Sequence[Item]) -> dict[str, torch.Tensor]:
