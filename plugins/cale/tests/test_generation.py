@@ -203,6 +203,15 @@ def test_right_padding_is_refused(lively: Lively) -> None:
         model(torch.ones(2, 3, dtype=torch.long), attention_mask=mask)
 
 
+def test_rows_of_several_texts_are_refused(lively: Lively) -> None:
+    """This is how continuous batching and packed rows reach a decoder."""
+    model, borders = lively(), torch.tensor([0, 3, 6], dtype=torch.int32)
+    places = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "cu_seq_lens_q": borders}
+    with pytest.raises(UserError, match="rows that hold one text each"), LayerEnhancement(model, 2, 1.5):
+        model(torch.arange(20, 26)[None], **places)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @settings(max_examples=60, deadline=None)
 @given(prompt=st.integers(1, 12), new=st.integers(1, 6), data=st.data())
 def test_told_passes_cover_the_predicting_positions_once(prompt: int, new: int, data: Any) -> None:

@@ -119,6 +119,11 @@ class LayerEnhancement:
 
     def _before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = {**dict(zip(self._names, arguments, strict=False)), **named}
+        if given.get("cu_seq_lens_q") is not None:
+            raise UserError(
+                "CaLE enhances rows that hold one text each, and these hold several (continuous batching or packing); "
+                "use generate"
+            )
         tokens: Any = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is not None:
