@@ -8,6 +8,7 @@ import pytest
 import torch
 from graftwork import UserError
 from graftwork.generate import Decoding, Prompt, decode
+from graftwork.generate.patches import touching_layers
 from graftwork.testing.models import tiny_model, tiny_tokenizer
 from graftwork_decoding_baselines.dola import Dola, DolaOptions, dola_scores
 from graftwork_decoding_baselines.early_logits import EarlyLogits
@@ -153,6 +154,18 @@ def test_logits_that_are_changed_after_the_head() -> None:
         pytest.raises(UserError, match="changes its logits after the head"),
     ):
         model(ids)
+
+
+def test_a_layer_that_may_not_run_cannot_be_read() -> None:
+    model = deep()
+    with touching_layers(model, "other", "leaves out", [1]):
+        with EarlyLogits(model).replacing([1, 3], lambda last, early: last):
+            pass
+        with (
+            pytest.raises(UserError, match="'other' leaves out layer 1 and 'dola' reads layers 1, 3"),
+            EarlyLogits(model).replacing([2], lambda last, early: last),
+        ):
+            pass
 
 
 def test_two_ways_to_contrast_and_likelihoods_are_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from graftwork import UserError
 from graftwork.generate.passes import inner_model
+from graftwork.generate.patches import touching_layers
 from graftwork.models import is_encoder_decoder
 
 Replace = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,14 +47,15 @@ class EarlyLogits:
         return self.head.weight is self.model.get_input_embeddings().weight
 
     @contextlib.contextmanager
-    def replacing(self, wanted: Sequence[int], replace: Replace) -> Iterator[None]:
+    def replacing(self, wanted: Sequence[int], replace: Replace, owner: str = "dola") -> Iterator[None]:
         """Let every forward pass inside return ``replace(logits, early logits)`` as its logits.
 
         ``replace`` gets float32 N x V and C x N x V and returns N x V, N being the batch's positions for which
         the model computes logits and C the layers in ``wanted`` (0: embeddings, k: after k layers).
 
         Raises:
-            UserError: the model's logits are not its head's (they are scaled or capped after it).
+            UserError: the model's logits are not its head's (they are scaled or capped after it); another
+                method changes a layer that is read here, in a way that composes with nothing.
         """
         states: dict[int, torch.Tensor] = {}
         checked = False
@@ -85,6 +87,8 @@ class EarlyLogits:
 
         numbers = sorted({*wanted, self.depth} - {0})
         with contextlib.ExitStack() as stack:
+            read = [number - 1 for number in numbers]
+            stack.enter_context(touching_layers(self.model, owner, "reads", read, composes=True))
             handles = [self.layers[k - 1].register_forward_hook(keep(k)) for k in numbers]
             if 0 in wanted:
                 handles.append(self.layers[0].register_forward_pre_hook(begin, with_kwargs=True))
