@@ -9,42 +9,21 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from graftwork.commands.generate_settings import Settings, read_settings
+from graftwork.commands.prompt_records import Record, as_asked, digest, read_records
 from graftwork.console import Console
-from graftwork.data.json_lines import as_text, objects, read_text
-from graftwork.errors import UserError, did_you_mean
-from graftwork.generate.output import AnswerFile, line_fields
-from graftwork.generate.prompts import Prompt, Templates, as_chat, prompt_from_record
+from graftwork.errors import UserError
+from graftwork.generate.output import AnswerFile
 from graftwork.plugins import Plugins
-from graftwork.recipe import ModelOptions, expand
+from graftwork.recipe import expand
 from graftwork.run import Run, versions
-from graftwork.yaml_lines import Document, parse_value
-
-DEFAULTS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 128}
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is asked, and what stands beside it in the output."""
-
-    where: str
-    fields: dict[str, Any]
-    prompt: Prompt
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``--set`` holds: options of ``generate``, templates, and settings of the model and the plugins."""
-
-    options: dict[str, Any]
-    templates: Templates
-    of_job: list[str]
-    own_templates: bool
+from graftwork.yaml_lines import Document
 
 
 def generate(
@@ -87,7 +66,7 @@ def generate(
     if output:
         made = {
             "versions": {name: versions()[name] for name in ("graftwork", "torch", "transformers", "peft")},
-            "input": _digest(records),
+            "input": digest(records),
             "model": job.model.model_dump(),
             "weights": _fingerprint(job.model.ref),
             "plugins": {
@@ -145,7 +124,7 @@ def _answer(
 
     quiet_libraries()
     model, tokenizer = load(run.job)
-    prompts = _as_asked(records, tokenizer, run.job.model.ref, plain)
+    prompts = as_asked(records, tokenizer, run.job.model.ref, plain)
     decoding = Decoding.from_plugins(run, model)
     if trace and decoding.combiner is None:
         raise UserError("--trace is about the two prompts of a combiner, and the plugins in use bring none")
@@ -207,22 +186,6 @@ def _streamer(tokenizer: Any) -> Any:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _as_asked(records: Sequence[Record], tokenizer: Any, ref: str, plain: bool) -> list[Prompt]:
-    """Return the prompts, through the chat template where there is one and ``plain`` does not leave it out.
-
-    Raises:
-        UserError: chat messages without a template.
-    """
-    chat = bool(tokenizer.chat_template) and not plain
-    for record in records:
-        if not chat and not all(
-            isinstance(part, str | None) for part in (record.prompt.main, record.prompt.contrast)
-        ):
-            reason = "which --plain leaves out" if plain else f"which the tokenizer of '{ref}' does not have"
-            raise UserError(f"{record.where}: messages need a chat template, {reason}; write a 'prompt'")
-    return [as_chat(record.prompt) if chat else record.prompt for record in records]
-
-
 @contextlib.contextmanager
 def _refused_options() -> Iterator[None]:
     """Turn what transformers says about options of ``generate`` into a sentence."""
@@ -234,64 +197,6 @@ def _refused_options() -> Iterator[None]:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"transformers' generate refuses these options: {first}") from error
-
-
-# ---------------------------------------------------------------------- what is asked
-
-
-def read_records(
-    prompt: str | None,
-    source: str | None,
-    context: str | None,
-    question: str | None,
-    templates: Templates,
-) -> list[Record]:
-    """Return what the flags ask, or the records of the JSONL file ``source``; ``-`` is standard input.
-
-    Raises:
-        UserError: no flag or too many, a file that cannot be read, a record that asks nothing.
-    """
-    given = [
-        flag
-        for flag, value in (("--prompt", prompt), ("--input", source), ("--question", question))
-        if value is not None
-    ]
-    if len(given) != 1:
-        found = " and ".join(given) or "none of them"
-        raise UserError(f"generate needs one of --prompt, --input or --question, got {found}")
-    if context is not None and question is None:
-        raise UserError(f"--context goes with --question, not with {given[0]}")
-    if source is not None:
-        return _records_of(source, templates)
-    if prompt is not None:
-        text = as_text(_standard_input(), "standard input").removesuffix("\n") if prompt == "-" else prompt
-        if not text.strip():
-            raise UserError("the prompt is empty; write something after --prompt")
-        fields = {"prompt": text}
-    else:
-        fields = {"question": question} if context is None else {"context": context, "question": question}
-    where = "the command line"
-    return [Record(where, dict(fields), prompt_from_record(fields, templates, where=where))]
-
-
-def _records_of(source: str, templates: Templates) -> list[Record]:
-    if source == "-":
-        name = "standard input"
-        text = as_text(_standard_input(), name)
-    else:
-        name, text = source, read_text(Path(source))
-    records = [
-        Record(where, line_fields(record, where), prompt_from_record(record, templates, where=where))
-        for where, record in objects(text, name)
-    ]
-    if not records:
-        raise UserError(f'{name} is empty; expected one JSON object per line, such as {{"prompt": "..."}}')
-    return records
-
-
-def _standard_input() -> bytes:
-    buffer = getattr(sys.stdin, "buffer", None)
-    return buffer.read() if buffer is not None else sys.stdin.read().encode()
 
 
 def _check_flags(
@@ -310,13 +215,10 @@ def _check_flags(
         )
     if resume and output is None:
         raise UserError("--resume needs --output, the file to go on with")
+    if trace and Path(trace).is_dir():
+        raise UserError(f"'{trace}' is a folder; --trace names a file")
     if resume and trace:
         raise UserError("--trace holds all answers of one process, so it cannot be used with --resume")
-
-
-def _digest(records: Sequence[Record]) -> str:
-    text = json.dumps([one.fields for one in records], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fingerprint(ref: str) -> str | None:
@@ -336,98 +238,3 @@ def _fingerprint(ref: str) -> str | None:
             file.seek(max(size - part, 0))
             seen.update(file.read(part))
     return seen.hexdigest()
-
-
-# ---------------------------------------------------------------------- --set
-
-
-def read_settings(sets: Sequence[str], plugins: Sequence[str]) -> Settings:
-    """Return what ``--set`` items say: options of transformers' ``generate`` by their own names, ``templates.*``
-    (text as it stands, with ``\\n`` for a line break), ``model.*`` and ``plugins.NAME.*`` as in a recipe.
-
-    Raises:
-        UserError: an unknown name, a plugin that is not in use, a value that does not fit.
-    """
-    options, templates, of_job = dict(DEFAULTS), {}, []
-    names = list(Templates.__dataclass_fields__)
-    for item in sets:
-        key, equals, value = item.partition("=")
-        first, dot, rest = key.partition(".")
-        if not equals:
-            raise UserError(f"--set {item}: write it as key=value, for example max_new_tokens=64")
-        if first == "templates":
-            if rest not in names:
-                raise UserError(
-                    f"--set {item}: no template '{rest}'{did_you_mean(rest, names)}; there are {', '.join(names)}"
-                )
-            templates[rest] = value.replace("\\n", "\n")
-        elif first == "plugins":
-            plugin = rest.partition(".")[0]
-            if plugin not in plugins:
-                raise UserError(
-                    f"--set {item}: plugin '{plugin}' is not in use; add --plugin {plugin or 'NAME'}"
-                )
-            of_job.append(item)
-        elif first == "model" and dot:
-            if rest in ("ref", "config") or rest.startswith("config."):
-                raise UserError(f"--set {item}: the model is what --model names; known: {_model_fields()}")
-            of_job.append(item)
-        elif dot:
-            known = ("model", "plugins", "templates")
-            raise UserError(
-                f"--set {item}: unknown key '{first}'{did_you_mean(first, known)}; dotted keys begin with model, "
-                f"plugins or templates"
-            )
-        else:
-            options[key] = parse_value(value)
-            if key == "max_length":
-                options.pop("max_new_tokens", None)
-    check_options(options)
-    return Settings(options, Templates(**templates), of_job, bool(templates))
-
-
-def _model_fields() -> str:
-    return ", ".join(name for name in ModelOptions.model_fields if name not in ("ref", "config"))
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuse options of ``generate`` that do not exist, are of a wrong kind, or would be ignored.
-
-    Raises:
-        UserError: says which, and what would be right.
-    """
-    from transformers import GenerationConfig
-    from transformers.utils import logging
-
-    known = {name for name in GenerationConfig().to_dict() if name not in _NOT_OPTIONS}
-    level = logging.get_verbosity()
-    # What it would warn of is refused.
-    logging.set_verbosity_error()
-    try:
-        for name, value in options.items():
-            if name not in known:
-                raise UserError(
-                    f"--set {name}={value}: transformers' generate has no option '{name}'{did_you_mean(name, known)}"
-                )
-            try:
-                GenerationConfig(**{name: value})
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"--set {name}={value}: transformers' generate refuses it: {_first_line(error)}"
-                ) from error
-        try:
-            GenerationConfig(**options).validate(strict=True)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--set: these options do not fit together: {_first_line(error)}") from error
-    finally:
-        logging.set_verbosity(level)
-
-
-# Fields of the config that are about the config.
-_NOT_OPTIONS = ("_from_model_config", "transformers_version", "is_assistant")
-
-
-def _first_line(error: Exception) -> str:
-    """Return what transformers says, without its heading and its hints."""
-    lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "is invalid" not in line), type(error).__name__).rstrip(".")

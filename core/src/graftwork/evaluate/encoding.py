@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from jinja2 import TemplateError
+
 from graftwork.errors import UserError
 
 # What is entered around a batch: nothing, or what plugins want there.
@@ -16,7 +18,8 @@ def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
     """Return the tokens of a prompt (a string or chat messages), up to where the answer begins.
 
     Raises:
-        UserError: the prompt is empty, or a chat that the tokenizer has no template for.
+        UserError: the prompt is empty, or a chat that the tokenizer has no template for or whose template
+            refuses it.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt, verbose=False)["input_ids"]
@@ -25,9 +28,15 @@ def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
     else:
         # A prompt that ends with words of the assistant is to be continued, as TRL does in training.
         continued = prompt[-1]["role"] == "assistant"
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=not continued, continue_final_message=continued, return_dict=True
-        )["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(
+                prompt,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                return_dict=True,
+            )["input_ids"]
+        except TemplateError as error:
+            raise UserError(f"the chat template refuses the messages: {error}") from error
     if not ids:
         raise UserError("a prompt is empty; every test item needs something to answer")
     return ids

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from graftwork.errors import UserError
 from graftwork.evaluate.encoding import encode_prompt, pad_token
@@ -39,6 +39,7 @@ _ONE_BY_ONE = {
     "penalty_alpha": (None, "contrastive search is a loop of its own"),
     "dola_layers": (None, "DoLa is a loop of its own"),
     "prefill_chunk_size": (None, "prompts are read in one pass"),
+    "token_healing": (False, "both prompts are read as they are"),
 }
 
 
@@ -151,7 +152,10 @@ def encode(
     found = []
     for prompt, name in zip(prompts, names, strict=True):
         parts = [prompt.main, prompt.contrast] if paired else [prompt.main]
-        tokens = [_tokens(tokenizer, part, max_prompt_tokens) for part in parts]
+        try:
+            tokens = [_tokens(tokenizer, part, max_prompt_tokens) for part in parts]
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error.__cause__
         for ids in tokens:
             _check_window(model, ids, options, name)
         found.append(Encoded(*tokens))
@@ -227,10 +231,13 @@ def decode_tokens(
     given: dict[str, Any] = {"pad_token_id": pad, **options}
     end = getattr(model.generation_config, "eos_token_id", None)
     given.setdefault("eos_token_id", tokenizer.eos_token_id if end is None else end)
-    if given.get("stop_strings") or given.get("token_healing"):
+    if given.get("token_healing"):
         given["tokenizer"] = tokenizer
     begin = 1 if apart else ids.shape[1]
     criteria = [*stopping_criteria, *([FirstLine(tokenizer, begin)] if first_line else [])]
+    if stop_strings := given.pop("stop_strings", None):
+        # Made here, since a loop of our own would not be given the tokenizer they need.
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
     if criteria:
         given["stopping_criteria"] = StoppingCriteriaList(criteria)
     if decoding.processors:
