@@ -195,6 +195,34 @@ def test_padding_is_not_touched(lively: Lively) -> None:
             torch.testing.assert_close(enhanced[mask == 1], 2 * plain[mask == 1])
 
 
+@pytest.mark.parametrize("past", [0, 2])
+def test_padding_is_read_from_masks_of_every_form(past: int) -> None:
+    whole = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])[:, 2 - past :]
+    width = 4
+    causal = torch.ones(width, past + width).tril(past).bool()
+    seen = causal & whole[:, None, None, :].bool()
+    window = seen & torch.ones(width, past + width).triu(past - 1).bool()
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    # A cache of fixed size has room behind what is there.
+    fixed = torch.nn.functional.pad(seen, (0, 5))
+
+    class Cache:
+        def get_seq_length(self) -> int:
+            return past
+
+    for mask in (
+        whole,
+        whole.bool(),
+        seen,
+        added,
+        fixed,
+        window,
+        {"full_attention": seen, "sliding": window},
+    ):
+        chosen = Positions("all", "main", "refuse").mask(torch.zeros(2, width), mask, Cache())
+        assert torch.equal(chosen, whole[:, past:].bool())
+
+
 def test_right_padding_is_refused(lively: Lively) -> None:
     model, mask = lively(), torch.tensor([[1, 1, 0], [1, 1, 1]])
     with pytest.raises(UserError, match="pad prompts on the left"), LayerEnhancement(model, 2, 1.5):

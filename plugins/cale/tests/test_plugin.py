@@ -100,6 +100,19 @@ def test_a_config_and_what_overrules_it(lively: Lively, tmp_path: Path) -> None:
         tokens(model, {"config": off, "strength": 1.5})
 
 
+def test_a_choice_that_is_off_is_said_once(lively: Lively, tmp_path: Path) -> None:
+    said: list[str] = []
+    for off in (True, False):
+        changes = {"off": True, "strength": 1.0} if off else {}
+        run = run_of({"config": written(tmp_path, **changes)})
+        run.console = type("Console", (), {"say": lambda self, text: said.append(text)})()  # type: ignore[assignment]
+        model = lively()
+        for _ in range(2):
+            run.plugins.call("generation_context", run=run, model=model)
+    assert len(said) == 1
+    assert "says off" in said[0]
+
+
 def test_every_layer(lively: Lively) -> None:
     model = lively()
     parts = [LayerEnhancement(model, layer, 1.2) for layer in (1, 2, 3)]

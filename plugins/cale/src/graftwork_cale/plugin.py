@@ -27,6 +27,7 @@ class Cale:
     def __init__(self, options: CaleOptions) -> None:
         self.options = options
         self.active: list[Enhanced] = []
+        self._said_off = False
 
     @hookimpl
     def check(self, run: Run) -> None:
@@ -38,6 +39,11 @@ class Cale:
 
     @hookimpl
     def generation_context(self, run: Run, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        options = self.options
+        if options.config is not None and options.strength is None and not self._said_off:
+            self._said_off = True
+            if read_config(options.config).off:
+                run.console.say(f"plugin 'cale' does nothing: '{options.config}' says off")
         return self.enhanced(model)
 
     @hookimpl
