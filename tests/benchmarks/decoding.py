@@ -25,7 +25,8 @@ PROMPT = Prompt(
 def bundled(dtype: str = "bfloat16") -> tuple[Any, Any]:
     """Return SmolLM2-135M-Instruct and its tokenizer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(BUNDLED, dtype=dtype).to(device).eval(), load_tokenizer(BUNDLED)
+    model: Any = load_model(BUNDLED, dtype=dtype)
+    return model.to(device).eval(), load_tokenizer(BUNDLED)
 
 
 def with_plugin(model: Any, name: str, options: Mapping[str, Any]) -> Decoding:

@@ -310,11 +310,11 @@ def test_a_cache_filled_at_smaller_depth_is_refused(ids: torch.Tensor, lively: A
                 model(ids[:, 8:9], past_key_values=output.past_key_values)
 
 
-def test_paged_attention_is_refused(ids: torch.Tensor, lively: Any) -> None:
+def test_continuous_batching_is_refused(ids: torch.Tensor, lively: Any) -> None:
+    """As transformers' own calls the model: every request in one row, and a cache of pages."""
     model = lively()
-    model.config._attn_implementation_internal = "paged|sdpa"
     with depth_decay(model, STEEP), pytest.raises(UserError, match="continuous batching"):
-        model(ids, use_cache=True)
+        model(ids.reshape(1, -1), cache=object(), use_cache=False)
 
 
 def test_another_patch_of_a_layer_is_refused_with_both_numbers(lively: Any) -> None:
