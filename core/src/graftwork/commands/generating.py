@@ -136,8 +136,6 @@ def _answer(
     # A bar on top of answers that are printed would garble both.
     console = Console(enabled=total > 1 and (file is not None or not sys.stdout.isatty()))
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(console.bar(total, "generate", "answer"))
-        bar.update(file.done if file else 0)
         stack.enter_context(_refused_options())
         answers = generate(
             model,
@@ -156,6 +154,9 @@ def _answer(
             progress=lambda count: bar.update(min(count, total - bar.n)),
             **settings.options,
         )
+        # The first sentence about the prompts has been said, if there was one.
+        bar = stack.enter_context(console.bar(total, "generate", "answer"))
+        bar.update(file.done if file else 0)
         for number, answer in enumerate(answers):
             if file is not None and not number:
                 # Not before: where the first answer fails, nothing is left behind.

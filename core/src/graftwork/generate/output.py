@@ -47,11 +47,11 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+        if path.is_dir():
+            raise UserError(f"'{path}' is a folder; --output names a file")
         self.path = path
         self.beside = path.with_name(f"{path.name}.settings.json")
         self.settings = json.loads(json.dumps(settings))
-        if path.is_dir():
-            raise UserError(f"'{path}' is a folder; --output names a file")
         if path.exists() and not resume:
             raise UserError(
                 f"'{path}' already exists; add --resume to go on with it, or name another --output"
