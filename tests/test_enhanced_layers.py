@@ -80,9 +80,7 @@ def test_layers_that_are_left_out_cannot_be_enhanced() -> None:
         {"cale": {"layer": 2, "strength": 1.7}, **shallow},
         {**shallow, "cale": {"layer": 2, "strength": 1.7}},
     ):
-        with pytest.raises(
-            UserError, match=r"enhances \(as layer 2 of 1 to 6\) layer 1|both touch layer 1"
-        ):
+        with pytest.raises(UserError, match=r"enhances \(as layer 2 of 1 to 6\) layer 1|both touch layer 1"):
             written(model, plugins)
     assert written(model, {**STRONG, **shallow}) == both
 
