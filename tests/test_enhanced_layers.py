@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from graftwork import UserError
+from graftwork.evaluate.qa import METRICS
+from graftwork.expect import parse
 from graftwork.generate import Decoding, Prompt, decode
 from graftwork.plugins import Plugins
-from graftwork.recipe import Job
+from graftwork.recipe import Job, load
 from graftwork.run import Run
 from graftwork.testing.models import tiny_model, tiny_tokenizer
 from graftwork_sparta import SpartaConfig
@@ -83,6 +85,11 @@ def test_layers_that_are_left_out_cannot_be_enhanced() -> None:
         with pytest.raises(UserError, match=r"enhances \(as layer 2 of 1 to 6\) layer 1|both touch layer 1"):
             written(model, plugins)
     assert written(model, {**STRONG, **shallow}) == both
+
+
+def test_the_claims_of_the_comparison_name_what_is_measured() -> None:
+    recipe = load(FOLDER / "cale.yaml", size="small")
+    assert [parse(text, recipe.arms, list(METRICS)).arm for text in recipe.expect][-1] == "cale-fixed"
 
 
 def test_the_comparison_of_decoding_methods_runs(trainer: Callable[..., Any], tmp_path: Path) -> None:

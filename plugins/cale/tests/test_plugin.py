@@ -12,12 +12,16 @@ import torch
 from click.testing import CliRunner
 from graftwork import Combiner, UserError
 from graftwork.cli import cli
+from graftwork.evaluate.qa import METRICS as QA_METRICS
+from graftwork.expect import parse
 from graftwork.generate import Decoding, Prompt, decode
-from graftwork.plugins import Plugins, construct
-from graftwork.recipe import Job
+from graftwork.plugins import Plugins, construct, discover
+from graftwork.recipe import Job, load
+from graftwork.recipes import shipped
 from graftwork.run import Run
 from graftwork.testing.models import tiny_tokenizer
 from graftwork_cale import CaleConfig, LayerEnhancement, read_config
+from graftwork_cale.benchmarks import LAYERS_METRICS, NO_HARM_METRICS
 from graftwork_cale.options import LayersOptions
 from pydantic import ValidationError
 
@@ -328,6 +332,14 @@ def test_the_recipe_runs_at_its_smallest_size(tmp_path: Path, monkeypatch: pytes
         read_config(str(output / "choose" / f"{name}.json")) for name in ("cale", "random-layer")
     )
     assert chosen.layer != control.layer
+
+
+@pytest.mark.parametrize("size", ["small", "paper"])
+def test_the_claims_name_what_is_measured(size: str) -> None:
+    recipe = load(shipped(discover()["cale"])["claim"], size=size)
+    measured = [*QA_METRICS, *LAYERS_METRICS, *NO_HARM_METRICS]
+    claims = [parse(text, recipe.arms, measured) for text in recipe.expect]
+    assert {claim.arm for claim in claims} == {"choose", "cale", "cale-supervised", "fixed", "harm"}
 
 
 def test_a_config_says_what_it_is() -> None:
