@@ -11,7 +11,7 @@ from graftwork.generate import Decoding, Prompt
 from measured import in_pairs
 
 pytestmark = pytest.mark.slow
-TOKENS, PAIRS = 48, 15
+TOKENS, PAIRS = 32, 7
 # A contrast of both prompts; both have about the same length here, so that only the loop differs.
 CONTRAST = Decoding(Combiner("contrast", lambda main, contrast: 1.5 * main - 0.5 * contrast))
 ALONE = Prompt(str(PROMPT.contrast))
@@ -19,7 +19,11 @@ ALONE = Prompt(str(PROMPT.contrast))
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_one_pass_for_both_prompts(record: Any, dtype: str) -> None:
-    """At least 1.6 times as fast as generating for each prompt, and at most 1.15 times a plain batch of both."""
+    """At least 1.6 times as fast as generating for each prompt, and at most 1.15 times a plain batch of both.
+
+    Where products of two rows take nearly twice as long as those of one, as float32 ones do on some CPUs, the first
+    is missed by any loop: the plain batch beside it shows what there was to gain.
+    """
     model, tokenizer = bundled(dtype)
 
     def paired() -> float:
@@ -47,7 +51,7 @@ def test_enhancing_a_layer(record: Any) -> None:
     sides = in_pairs(
         lambda: seconds(model, tokenizer, [PROMPT], TOKENS, enhanced)[0],
         lambda: seconds(model, tokenizer, [PROMPT], TOKENS)[0],
-        pairs=25,
+        pairs=15,
         label="CaLE",
     )
     record("paired_speed", (f"CaLE, {TOKENS} tokens", sides[0]), ("plain", sides[1]), limit=1.03, unit=UNIT)

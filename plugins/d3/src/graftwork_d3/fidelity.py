@@ -60,7 +60,9 @@ class FidelityOptions(TextOptions):
         "from_start", description="as in the plugin's options"
     )
     config: str | None = Field(None, description="a d3.json, whose layers are taken; its decay is not")
-    random_orders: int = Field(3, ge=1, description="random orders that are tried, seeds 0, 1, ...")
+    random_orders: int = Field(
+        3, ge=1, description="random orders tried at the first of the ratios; one at the others"
+    )
     bin: int = Field(16, ge=1, description="steps per point of the charts over positions")
 
 
