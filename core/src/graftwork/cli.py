@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -172,9 +171,7 @@ def evaluate(**options: Any) -> None:
 @click.option("--trace", metavar="FILE", help="Write an HTML page of what a combiner did, token by token.")
 def generate(**options: Any) -> None:
     """Let a model answer a prompt, or a file of them."""
-    # Answers are all that standard output gets; DeepSpeed, where it is installed, greets on being imported.
-    with contextlib.redirect_stdout(sys.stderr):
-        from graftwork.commands.generating import generate
+    from graftwork.commands.generating import generate
 
     generate(**options)
 

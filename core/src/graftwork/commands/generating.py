@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -116,14 +117,18 @@ def _answer(
     rows: Any,
     trace: str | None,
 ) -> None:
-    from graftwork.evaluate.job import load
+    from transformers.utils import logging
+
     from graftwork.generate.decoding import Decoding
     from graftwork.generate.session import generate
     from graftwork.generate.trace import Trace
-    from graftwork.train.job import quiet_libraries
+    from graftwork.models import load_for_use
 
-    quiet_libraries()
-    model, tokenizer = load(run.job)
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
+    # Standard output is for answers; DeepSpeed, where a model has to be converted, greets there.
+    with contextlib.redirect_stdout(sys.stderr):
+        model, tokenizer = load_for_use(run.job.model)
     prompts = as_asked(records, tokenizer, run.job.model.ref, plain)
     decoding = Decoding.from_plugins(run, model)
     if trace and decoding.combiner is None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,53 +61,53 @@ def evaluate(
     console = Console()
     rows: list[dict[str, Any]] = []
     options = job.evaluate
-    with _loaded(job) as (run, loaded, _):
-        decoding = Decoding.from_plugins(run, loaded)
-        if tasks:
-            check_decoding(decoding)
-        if tasks and options.scoring == "likelihood":
-            check_labels(tasks)
-            check_plugins(run, loaded)
-            for note in scoring_notes(tasks, options, "all tasks given"):
-                console.say(note)
-        for task in tasks:
-            if task.test is None:
-                raise UserError(f"task '{task.name}' has no test items to score")
-            started = time.perf_counter()
-            with console.bar(len(task.test), f"score {task.name}") as bar:
-                score = score_task(
-                    loaded,
-                    tokenizer,
-                    task,
-                    scoring=options.scoring,
-                    # Which tasks the model has learned is not known here: all that were named count.
-                    candidates=candidates(task, tasks, options.candidates),
-                    batch_size=options.batch_size,
-                    max_new_tokens=options.max_new_tokens,
-                    decoding=decoding,
-                    progress=bar.update,
-                )
-            rows.append(
-                {
-                    "task": task.name,
-                    "accuracy": score.accuracy,
-                    "invalid": score.invalid,
-                    "items": len(task.test),
-                    "scoring": score.scoring,
-                    "items_per_second": round(len(task.test) / (time.perf_counter() - started), 3),
-                }
+    run, loaded = _loaded(job)
+    decoding = Decoding.from_plugins(run, loaded)
+    if tasks:
+        check_decoding(decoding)
+    if tasks and options.scoring == "likelihood":
+        check_labels(tasks)
+        check_plugins(run, loaded)
+        for note in scoring_notes(tasks, options, "all tasks given"):
+            console.say(note)
+    for task in tasks:
+        if task.test is None:
+            raise UserError(f"task '{task.name}' has no test items to score")
+        started = time.perf_counter()
+        with console.bar(len(task.test), f"score {task.name}") as bar:
+            score = score_task(
+                loaded,
+                tokenizer,
+                task,
+                scoring=options.scoring,
+                # Which tasks the model has learned is not known here: all that were named count.
+                candidates=candidates(task, tasks, options.candidates),
+                batch_size=options.batch_size,
+                max_new_tokens=options.max_new_tokens,
+                decoding=decoding,
+                progress=bar.update,
             )
-        result: dict[str, Any] = {"model": model, "plugins": list(job.plugins), "tasks": rows}
-        if text:
-            with console.bar(None, "perplexity", "window") as bar:
-                result["perplexity"] = perplexity(
-                    loaded,
-                    tokenizer,
-                    Path(text),
-                    window=job.evaluate.general.window,
-                    max_windows=job.evaluate.general.windows,
-                    progress=bar.update,
-                )
+        rows.append(
+            {
+                "task": task.name,
+                "accuracy": score.accuracy,
+                "invalid": score.invalid,
+                "items": len(task.test),
+                "scoring": score.scoring,
+                "items_per_second": round(len(task.test) / (time.perf_counter() - started), 3),
+            }
+        )
+    result: dict[str, Any] = {"model": model, "plugins": list(job.plugins), "tasks": rows}
+    if text:
+        with console.bar(None, "perplexity", "window") as bar:
+            result["perplexity"] = perplexity(
+                loaded,
+                tokenizer,
+                Path(text),
+                window=job.evaluate.general.window,
+                max_windows=job.evaluate.general.windows,
+                progress=bar.update,
+            )
     if rows:
         click.echo(f"{'TASK':<24} {'ACCURACY %':>10} {'INVALID %':>10} {'ITEMS':>6}")
         for row in rows:
@@ -177,24 +176,10 @@ def _benchmark(
         click.echo(f"wrote {one}")
 
 
-@contextlib.contextmanager
-def _loaded(job: Job) -> Iterator[tuple[Run, Any, Any]]:
-    from graftwork.models import load_model, load_tokenizer
+def _loaded(job: Job) -> tuple[Run, Any]:
+    from graftwork.models import load_for_use
     from graftwork.train.job import quiet_libraries
 
     quiet_libraries()
     run = Run(Path(), job, Plugins.from_options(job.plugins))
-    tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
-    model = load_model(
-        job.model.ref,
-        dtype=job.model.dtype,
-        attn_implementation=job.model.attn_implementation,
-        trust_remote_code=job.model.trust_remote_code,
-    )
-    import torch
-
-    device: Any = torch.accelerator.current_accelerator()
-    if device is not None:
-        model = model.to(device)
-    model.eval()
-    yield run, model, tokenizer
+    return run, load_for_use(job.model)[0]

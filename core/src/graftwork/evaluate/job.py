@@ -12,7 +12,7 @@ from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.evaluate.benchmarks import benchmark_options, find_benchmark, measure, write_files
 from graftwork.files import write_json_atomic
-from graftwork.models import load_config, load_model, load_tokenizer
+from graftwork.models import load_config, load_for_use
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job, JobSpec
 from graftwork.run import Run
@@ -95,16 +95,4 @@ def run_evaluation(
 
 def load(job: Job) -> tuple[Any, Any]:
     """Return the model of a job, in eval mode on the accelerator where there is one, and its tokenizer."""
-    import torch
-
-    tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
-    model: Any = load_model(
-        job.model.ref,
-        dtype=job.model.dtype,
-        attn_implementation=job.model.attn_implementation,
-        trust_remote_code=job.model.trust_remote_code,
-    )
-    device: Any = torch.accelerator.current_accelerator()
-    if device is not None:
-        model = model.to(device)
-    return model.eval(), tokenizer
+    return load_for_use(job.model)
