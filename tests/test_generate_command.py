@@ -162,7 +162,11 @@ def test_streaming_gives_the_same_answer(
     monkeypatch.setattr("transformers.TextStreamer.end", lambda self: used.append(True))
     generate(*words)
     assert not used
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    generate(*words)
+    assert used == [True]
+    generate(*words, "--set", "num_beams=2")
+    assert used == [True]
 
 
 def test_options_of_generate_by_their_own_names(generate: Callable[..., Any]) -> None:
