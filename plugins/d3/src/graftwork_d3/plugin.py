@@ -38,7 +38,7 @@ class D3:
     @hookimpl
     def check(self, run: Run) -> None:
         source = run.job.model
-        config = load_config(source.ref, trust_remote_code=source.trust_remote_code)
+        config = load_config(source.ref, inline=source.config, trust_remote_code=source.trust_remote_code)
         check_removable(config, schedule_for(self.options, layer_count(config)).removable)
 
     @hookimpl
