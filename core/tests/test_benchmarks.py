@@ -103,8 +103,8 @@ def test_pairs_are_joined_by_their_index_not_by_their_order(tmp_path: Path) -> N
     ("text", "problem"),
     [
         ("", "has no questions"),
-        ("{broken", "line 1 is not JSON"),
-        ("[1]", "line 1 is no JSON object"),
+        ("{broken", "bad.jsonl:1: not valid JSON"),
+        ("[1]", "bad.jsonl:1"),
         ('{"a": 1}', "no known layout"),
         ('{"question": "q", "context": ""}', "'context' is missing or empty"),
         ('{"question": "q", "context": "c"}', "'answer' holds no answer"),
@@ -117,8 +117,14 @@ def test_bad_questions(tmp_path: Path, text: str, problem: str) -> None:
         asked(path)
 
 
+def test_a_line_ends_at_its_line_feed_alone(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({**PLAIN[0], "context": "Rome.\u2028Lyon."}, ensure_ascii=False) + "\n")
+    assert "\u2028" in str(asked(path)[0].prompt.main)
+
+
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist"):
         asked(tmp_path / "nothing.jsonl")
 
 

@@ -12,12 +12,12 @@ Layouts (each a JSON object per line, recognised by its keys):
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from graftwork.data.json_lines import objects, read_text
 from graftwork.errors import UserError
 from graftwork.generate.prompts import Prompt, Templates
 
@@ -83,22 +83,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
         yield from enumerate(tiny_questions(), 1)
         return
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"questions '{path}' cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"questions '{path}' are not UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"'{path}' line {number} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"'{path}' line {number} is no JSON object")
-        yield number, record
+    for where, record in objects(read_text(path), str(path)):
+        yield int(where.rpartition(":")[2]), record
 
 
 def _layout(record: Mapping[str, Any], where: str) -> tuple[str, Any]:
