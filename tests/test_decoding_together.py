@@ -34,7 +34,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     # Strong settings: a random model's tokens tell little. Both streams, as "prior" reads the second alone.
     "cale": {"layer": 1, "strength": 8.0, "streams": "both"},
     "d3": {"alpha": 0.5, "flex_start": 1, "tail": 1, "minimum": 2},
-    "dola": {},
+    # The embeddings: layers between them and the last are left out by d3, which refuses that they are read.
+    "dola": {"layers": [0]},
 }
 METHODS = COMBINERS | OTHERS
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -88,6 +89,13 @@ def test_every_pair_of_methods_decodes_or_is_refused(model: Any, pair: tuple[str
 def test_methods_that_touch_the_same_layer_are_refused(model: Any) -> None:
     with pytest.raises(UserError, match=r"'cale' .* and 'd3' leaves out .*: both touch layer 1"):
         answers(model, ["cale", "d3"], cale={"layer": 2})
+
+
+def test_a_layer_that_is_read_cannot_be_left_out(model: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"'d3' leaves out layers 1 to 2 and 'dola' reads .*: both touch layer 1"
+    ):
+        answers(model, ["d3", "dola"], dola={"layers": "high"})
 
 
 def test_nothing_is_left_behind(model: Any) -> None:
