@@ -374,3 +374,10 @@ def test_one_answer_is_streamed(refused: Callable[..., str], file: Callable[...,
 def test_messages_need_a_template(refused: Callable[..., str], file: Callable[..., Path]) -> None:
     said = refused("--input", file(), "--plain")
     assert "in.jsonl:4: messages need a chat template, which --plain leaves out" in said
+
+
+def test_a_method_tells_what_it_did_beside_the_answer(generate: Callable[..., Any]) -> None:
+    asked = generate("--prompt", "hello", "--plugin", "d3", "--set", "plugins.d3.alpha=0.9", *FEW)
+    assert asked.code == 0, asked.err
+    assert "d3: of 4 layers" in asked.err
+    assert "d3:" not in asked.out

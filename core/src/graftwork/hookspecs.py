@@ -314,6 +314,13 @@ class GraftworkHooks:
     def before_forward(self, run: Run, coming: ForwardPass) -> None:
         """Prepare for a forward pass while text is generated; called before each, in ``--plugin`` order."""
 
+    @hookspec
+    def generation_notes(self, run: Run) -> Sequence[str] | None:
+        """Return what the method did while text was generated, in sentences for the user.
+
+        Called once, after the last text; shown by ``trainer generate`` and kept with a benchmark's result.
+        """
+
     # ---------------------------------------------------------------- evaluation
 
     @hookspec

@@ -217,3 +217,9 @@ class Plugins:
             else {"distribution": "in-process", "version": "0"}
             for name in self.objects
         }
+
+
+def generation_notes(run: Run) -> list[str]:
+    """Return what the plugins of ``run`` say about the text that was generated, each with its name."""
+    found = run.plugins.call("generation_notes", run=run)
+    return [f"{name}: {note}" for name, notes in found for note in notes]

@@ -12,12 +12,13 @@ import torch
 from graftwork import Combiner, UserError
 from graftwork.evaluate.encoding import encode_prompt
 from graftwork.generate import Decoding, Prompt, decode, touching_layers
-from graftwork.plugins import Plugins, construct
+from graftwork.plugins import Plugins, construct, generation_notes
 from graftwork.recipe import expand
 from graftwork.run import Run
 from graftwork.testing.models import tiny_checkpoint
 from graftwork.yaml_lines import Document
 from graftwork_d3 import DepthSchedule, teacher_forced
+from graftwork_d3.flops import cost_of
 from peft import LoraConfig, get_peft_model
 
 KINDS = ["llama", "mistral", "qwen2", "gpt2"]
@@ -229,6 +230,26 @@ def test_the_report_counts_every_pass(lively: Any, run: Any, tokenizer: Any) -> 
     share = cost_of(model).head_share
     assert shown["operations_saved"] == pytest.approx((1 - share) * (1 - shown["mean_depth_ratio"]))
     assert shown["speedup_bound"] == pytest.approx(1 / (1 - shown["operations_saved"]))
+
+
+def test_what_was_saved_is_said(lively: Any, run: Any, tokenizer: Any) -> None:
+    chosen, model = run(**STEEP), lively()
+    assert generation_notes(chosen) == []
+    decode(
+        model,
+        PAIRS[:1],
+        tokenizer=tokenizer,
+        decoding=Decoding.from_plugins(chosen, model),
+        max_new_tokens=4,
+        min_new_tokens=4,
+    )
+    # Steps 1 to 3 of floor(8 * 0.9^t): 7, 6 and 5 layers.
+    (note,) = generation_notes(chosen)
+    assert note.startswith(
+        "d3: of 8 layers, 7 at position 1, 6 at position 2, 5 at position 3; on average 75.0 %,"
+    )
+    saved = cost_of(model).saved(0.75)
+    assert f"saves {100 * saved:.1f} % of the arithmetic" in note
 
 
 def test_no_trace_is_left_after_an_error(lively: Any, run: Any, tokenizer: Any) -> None:

@@ -21,7 +21,7 @@ from graftwork.commands.prompt_records import Record, as_asked, digest, read_rec
 from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.generate.output import AnswerFile
-from graftwork.plugins import Plugins
+from graftwork.plugins import Plugins, generation_notes
 from graftwork.recipe import expand
 from graftwork.run import Run, versions
 from graftwork.yaml_lines import Document
@@ -179,6 +179,8 @@ def _answer(
                 click.echo(json.dumps(line, ensure_ascii=False))
             elif not stream:
                 click.echo(answer.text)
+    for note in generation_notes(run):
+        click.echo(note, err=True)
     if trace and steps is not None and decoding.combiner is not None:
         from graftwork.report.trace import write_trace
 

@@ -16,7 +16,7 @@ from graftwork.console import Console
 from graftwork.errors import PluginError, UserError, did_you_mean
 from graftwork.files import write_json_atomic, write_text_atomic
 from graftwork.hookspecs import Benchmark, Measurement
-from graftwork.plugins import Plugins, construct
+from graftwork.plugins import Plugins, construct, generation_notes
 from graftwork.validation import first_problem
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def measure(
         "words": {name: words for name, words in benchmark.metrics.items() if name in metrics},
         "items": {name: list(values) for name, values in found.items.items()},
         "lines": [dataclasses.asdict(chart) for chart in found.charts],
-        "notes": list(found.notes),
+        "notes": [*found.notes, *generation_notes(run)],
         "eval_seconds": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": memory.peak_bytes(),
     }

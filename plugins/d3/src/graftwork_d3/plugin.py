@@ -11,6 +11,7 @@ from graftwork.models import load_config
 
 from graftwork_d3.benchmarks import BENCHMARKS
 from graftwork_d3.controller import DepthController
+from graftwork_d3.flops import Cost, cost_of
 from graftwork_d3.options import D3Options, schedule_for
 from graftwork_d3.report import DepthReport
 from graftwork_d3.stack import check_removable, find_decoder, layer_count
@@ -34,6 +35,7 @@ class D3:
         self.options = options
         self.report: DepthReport | None = None
         self._active: DepthController | None = None
+        self._cost: Cost | None = None
 
     @hookimpl
     def check(self, run: Run) -> None:
@@ -51,12 +53,17 @@ class D3:
             self._active.step(coming.step)
 
     @hookimpl
+    def generation_notes(self, run: Run) -> list[str] | None:
+        return [self.report.sentence(self._cost)] if self.report and self._cost else None
+
+    @hookimpl
     def benchmarks(self, run: Run) -> Mapping[str, Benchmark]:
         return BENCHMARKS
 
     @contextlib.contextmanager
     def _decoding(self, model: Any) -> Iterator[DepthController]:
         _, layers = find_decoder(model)
+        self._cost = cost_of(model)
         controller = DepthController(model, schedule_for(self.options, len(layers)))
         with controller:
             self._active = controller

@@ -42,6 +42,25 @@ class DepthReport:
         used = sum(count * self.layers_at(step) for step, count in self.passes.items())
         return used / (self.plan.layers * self.passes.total())
 
+    def sentence(self, cost: Cost) -> str:
+        """Return the figures in words, runs of positions with the same number of layers put together."""
+        depths = self.layers_per_position
+        if not depths:
+            return "no token was decoded after the prompt, so no layer was left out"
+        starts = [k for k, depth in enumerate(depths) if k == 0 or depths[k - 1] != depth]
+        ends = [*(k - 1 for k in starts[1:]), len(depths) - 1]
+        shown = [
+            f"{depths[a]} at position {a + 1}" + (f" to {b + 1}" if b > a else "")
+            for a, b in zip(starts, ends, strict=True)
+        ]
+        if len(shown) > 6:
+            shown = [*shown[:3], "...", *shown[-2:]]
+        return (
+            f"of {self.plan.layers} layers, {', '.join(shown)}; on average {100 * self.mean_ratio:.1f} %, which saves "
+            f"{100 * cost.saved(self.mean_ratio):.1f} % of the arithmetic and allows at most "
+            f"{cost.bound(self.mean_ratio):.2f} times the speed"
+        )
+
     def as_json(self, cost: Cost) -> dict[str, Any]:
         """Return the figures for people: layers, share of the arithmetic saved, the most it can speed up."""
         return {
