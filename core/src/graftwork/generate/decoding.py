@@ -37,7 +37,7 @@ _ONE_BY_ONE = {
     "assistant_early_exit": (None, "assisted decoding takes several tokens a step"),
     "guidance_scale": (None, "guidance is a combiner of its own"),
     "penalty_alpha": (None, "contrastive search is a loop of its own"),
-    "dola_layers": (None, "DoLa is a loop of its own"),
+    "dola_layers": (None, "contrasting layers is a loop of its own"),
     "prefill_chunk_size": (None, "prompts are read in one pass"),
     "token_healing": (False, "both prompts are read as they are"),
 }
