@@ -72,6 +72,24 @@ class QaOptions(BaseModel):
     )
 
 
+def asked(options: QaOptions, tokenizer: Any) -> tuple[list[Question], list[Prompt]]:
+    """Return the questions that ``options`` name, and their prompts as the model gets them.
+
+    Raises:
+        UserError: see :func:`graftwork.data.conflict.read_questions`.
+    """
+    templates = Templates(options.templates.with_context, options.templates.without_context)
+    questions = read_questions(
+        Path(options.data),
+        templates=templates,
+        documents=options.documents,
+        limit=options.limit,
+        offset=options.offset,
+    )
+    chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
+    return questions, [as_chat(one.prompt) if chat else one.prompt for one in questions]
+
+
 def answer(
     evaluation: Evaluation, prompts: Sequence[Prompt], decoding: Decoding, label: str
 ) -> list[list[int]]:
@@ -102,17 +120,8 @@ def answer(
 def measure(evaluation: Evaluation) -> Measurement:
     """Ask every question and compare the answers with what the context says and with what is remembered."""
     options: QaOptions = evaluation.options
-    templates = Templates(options.templates.with_context, options.templates.without_context)
-    questions = read_questions(
-        Path(options.data),
-        templates=templates,
-        documents=options.documents,
-        limit=options.limit,
-        offset=options.offset,
-    )
+    questions, prompts = asked(options, evaluation.tokenizer)
     tokenizer: Any = evaluation.tokenizer
-    chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
-    prompts = [as_chat(one.prompt) if chat else one.prompt for one in questions]
     alone = [Prompt(prompt.contrast or "") for prompt in prompts]
     tokens = answer(evaluation, prompts if options.context else alone, evaluation.decoding, "answer")
     texts = [first_line(tokenizer, one) for one in tokens]

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from graftwork import Benchmark, Combiner, Measurement, UserError
-from graftwork.data.conflict import read_questions
-from graftwork.evaluate.qa import QaOptions
-from graftwork.generate import Templates, Trace, decode
+from graftwork.evaluate.qa import QaOptions, asked
+from graftwork.generate import Trace, decode
 from graftwork.generate.contrast import tilt
-from graftwork.generate.prompts import as_chat
 
 from graftwork_coiecd.scores import Coiecd, Sets, entropy
 
@@ -114,17 +111,8 @@ def _measure(evaluation: Evaluation, method: Coiecd) -> Measurement:
             f"benchmark 'coiecd:steps' follows COIECD's own text, and plugin '{other.name}' decodes another; leave "
             f"it out"
         )
-    templates = Templates(options.templates.with_context, options.templates.without_context)
-    questions = read_questions(
-        Path(options.data),
-        templates=templates,
-        documents=options.documents,
-        limit=options.limit,
-        offset=options.offset,
-    )
     tokenizer: Any = evaluation.tokenizer
-    chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
-    prompts = [as_chat(one.prompt) if chat else one.prompt for one in questions]
+    _, prompts = asked(options, tokenizer)
     counted = Counted(method)
     decoding = dataclasses.replace(evaluation.decoding, combiner=Combiner("coiecd", method.scores))
     with evaluation.console.bar(len(prompts), "steps") as bar:
