@@ -18,7 +18,7 @@ named with ``--plugin``. A hook is optional; the ones that a plugin does not imp
 
 Order of the calls in a training run::
 
-    check -> task_stream -> [weights are loaded] -> adapter_config -> load_state (when resuming) ->
+    check -> self_play -> task_stream -> [weights are loaded] -> adapter_config -> load_state (when resuming) ->
     per task:  training_data -> task_begin -> loss_terms, transform_gradients, learning_rate_factors
                -> load_state (when resuming inside the task)
                -> (batch_begin, training)* -> task_end -> evaluation -> save_state
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from graftwork.data.tasks import Task
     from graftwork.evaluate.benchmarks import Evaluation
     from graftwork.run import Run
+    from graftwork.self_play.options import SelfPlayOptions
 
 PROJECT = "graftwork"
 ENTRY_POINT_GROUP = "graftwork.plugins"
@@ -107,6 +108,88 @@ class TrainingAlgorithm:
 
     trainer: type[Trainer]
     config: type[TrainingArguments]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What a loss on pairs of answers sees of a batch of B pairs.
+
+    Attributes:
+        chosen: B, log-probability of the target answer under the model being trained: the float32 sum over the
+            answer's tokens, with gradient.
+        rejected: B, the same of the answer that a player wrote; empty where nothing is written.
+        reference_chosen: B x J, the same under the J players of this iteration, the newest first; constants.
+        reference_rejected: B x J.
+        chosen_tokens, rejected_tokens: B, how many tokens were summed.
+        iteration: from 1.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    reference_chosen: torch.Tensor
+    reference_rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    iteration: int = 1
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The loss of every pair (``rows``, B), of which the trainer takes the mean, and what is to be logged.
+
+    ``metrics``: a value per pair (B) or one for the batch; their means are logged. Names are ``group/line``:
+    the report draws a chart per group.
+    """
+
+    rows: torch.Tensor
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer that a player wrote to the prompt of training item ``item``.
+
+    ``tokens`` are its new tokens, the end token included where it ``ended`` by itself. ``target`` is the
+    item's own answer. ``score`` is what :attr:`SelfPlay.score` gave it.
+    """
+
+    item: int
+    prompt: Any
+    target: str
+    text: str
+    tokens: Sequence[int]
+    ended: bool
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class SelfPlay:
+    """A method that learns in iterations from what the model itself writes.
+
+    In every iteration the newest checkpoint writes ``samples`` answers to each prompt (none where 0: the
+    targets alone are learned), the answers are scored and paired, the last ``players`` checkpoints give the
+    log-probabilities of each pair, and the model is trained on the pairs of the last ``rounds`` checkpoints.
+
+    Attributes:
+        options: the part of the plugin's options that the core carries out.
+        loss: of a batch of pairs.
+        score: answers to numbers, such as a reward; called with all answers to some prompts.
+        choose: from the target's tokens and the samples of one prompt to pairs (chosen, rejected) of tokens;
+            where None, the target is paired with every sample.
+        inspect: from the players' log-probabilities of the chosen and the rejected answers (N x J each) to
+            sentences for the user; called once before each iteration's training.
+    """
+
+    options: SelfPlayOptions
+    loss: Callable[[PairBatch], PairLoss]
+    players: int = 1
+    rounds: int = 1
+    samples: int = 1
+    score: Callable[[Sequence[Sample]], Sequence[float]] | None = None
+    choose: (
+        Callable[[Sequence[int], Sequence[Sample]], Sequence[tuple[Sequence[int], Sequence[int]]]] | None
+    ) = None
+    inspect: Callable[[torch.Tensor, torch.Tensor], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +316,13 @@ class GraftworkHooks:
     @hookspec
     def training_algorithm(self, run: Run) -> TrainingAlgorithm | None:
         """Return the trainer to use instead of the recipe's ``algorithm``. One plugin at most."""
+
+    @hookspec
+    def self_play(self, run: Run) -> SelfPlay | None:
+        """Return a way to learn in iterations from what the model itself writes. One plugin at most.
+
+        It brings its own loss on pairs and thereby the trainer; a training algorithm beside it is refused.
+        """
 
     @hookspec
     def loss_terms(self, run: Run, model: torch.nn.Module) -> Sequence[LossTerm] | None:
