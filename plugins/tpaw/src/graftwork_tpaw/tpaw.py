@@ -1,0 +1,117 @@
+"""TPAW: a team of the last checkpoints writes the negatives, gives the references, and is weighed twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from graftwork import PairBatch, PairLoss, SelfPlay, hookimpl
+from graftwork.self_play.options import SelfPlayOptions
+from pydantic import Field, model_validator
+
+from graftwork_tpaw import metrics
+from graftwork_tpaw.loss import TeamTerms, player_weights, team_terms
+
+if TYPE_CHECKING:
+    from graftwork.run import Run
+
+# A player with this share of a row's weight has it to itself; warned of where this share of rows is so.
+ALONE, MOST = 0.99, 0.9
+
+
+class TpawOptions(SelfPlayOptions):
+    """Options of TPAW."""
+
+    players: int = Field(
+        3, ge=1, description="checkpoints in the team, which are the references (N_max); 1: the newest only"
+    )
+    rounds: int = Field(3, ge=1, description="checkpoints whose answers are trained on (N_max)")
+    scale: float = Field(
+        0.1, gt=0, allow_inf_nan=False, description="lambda: reward per nat of the log-ratio"
+    )
+    eta: float = Field(
+        6.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="weight of a target that is no likelier than under a player; 1: off",
+    )
+    gamma: float = Field(
+        0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="sharpness of the players' weights; 0: all count the same",
+    )
+    tolerance: float = Field(
+        1e-4,
+        ge=0,
+        allow_inf_nan=False,
+        description="nats per token by which a target may be likelier and still counts as no likelier, against "
+        "rounding; 0: the formula literally",
+    )
+    margin_uses_alpha: bool = Field(
+        False,
+        description="put eta into the margin that weighs the players; no gradient passes through weights",
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> TpawOptions:
+        if self.margin_uses_alpha and (self.gamma == 0 or self.players == 1 or self.eta == 1):
+            raise ValueError(
+                "margin_uses_alpha does nothing with one player, gamma = 0 or eta = 1; leave it out"
+            )
+        return self
+
+
+class Tpaw:
+    """Learn to tell targets from what the last checkpoints write, each of them judging in its own measure."""
+
+    Options = TpawOptions
+
+    def __init__(self, options: TpawOptions) -> None:
+        self.options = options
+
+    @hookimpl
+    def self_play(self, run: Run) -> SelfPlay:
+        return SelfPlay(
+            self.options,
+            self.loss,
+            players=self.options.players,
+            rounds=self.options.rounds,
+            inspect=self.inspect,
+        )
+
+    def loss(self, batch: PairBatch) -> PairLoss:
+        """Return the team's loss of every pair."""
+        terms = self.terms(batch)
+        return PairLoss(terms.rows, metrics.team(terms) | metrics.log_probabilities(batch))
+
+    def terms(self, batch: PairBatch) -> TeamTerms:
+        """Return the loss of every pair and its parts."""
+        options = self.options
+        return team_terms(
+            batch.chosen,
+            batch.rejected,
+            batch.reference_chosen,
+            batch.reference_rejected,
+            scale=options.scale,
+            eta=options.eta,
+            gamma=options.gamma,
+            tolerance=options.tolerance * batch.chosen_tokens,
+            margin_uses_alpha=options.margin_uses_alpha,
+        )
+
+    def inspect(self, chosen: torch.Tensor, rejected: torch.Tensor) -> list[str]:
+        """Say where one player has (nearly) all weight in most rows: the team is then this player."""
+        players = chosen.shape[1]
+        if players == 1 or self.options.margin_uses_alpha:
+            return []
+        weights = player_weights(chosen, rejected, scale=self.options.scale, gamma=self.options.gamma)
+        shares = (weights >= ALONE).double().mean(0)
+        share, player = float(shares.max()), int(shares.argmax())
+        if share < MOST:
+            return []
+        return [
+            f"in {share:.0%} of the pairs player {player} of 0 (the newest) to {players - 1} has {ALONE:.0%} or more "
+            f"of the weight, so that the team is this one player; a smaller plugins.tpaw.gamma "
+            f"({self.options.gamma:g}) or plugins.tpaw.scale ({self.options.scale:g}) weighs more evenly"
+        ]
