@@ -324,14 +324,14 @@ def test_resuming_loses_nothing(policy: str, checkpoint: Path, stream: Path, tmp
     with pytest.MonkeyPatch.context() as patch:
         from graftwork.train import job
 
-        original = job._Stream._write_stage
+        original = job.Stream._write_stage
 
         def stop(self: Any, task: Any) -> None:
             if task.index == 1:
                 raise KeyboardInterrupt
             original(self, task)
 
-        patch.setattr(job._Stream, "_write_stage", stop)
+        patch.setattr(job.Stream, "_write_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             run_tiny(recipe, tmp_path / "b")
     assert (tmp_path / "b/stages/current/checkpoint-4").exists()
@@ -427,7 +427,7 @@ def test_time_around_a_task_is_counted_once(
         train={"save_strategy": "steps", "save_steps": 1, "max_steps": 2},
         evaluate=QUICK,
     )
-    original = job._Stream._write_stage
+    original = job.Stream._write_stage
 
     def stop(self: Any, task: Any) -> None:
         if task.index == 1:
@@ -435,7 +435,7 @@ def test_time_around_a_task_is_counted_once(
         original(self, task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job._Stream, "_write_stage", stop)
+        patch.setattr(job.Stream, "_write_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             run_tiny(recipe, tmp_path / "run")
     result = run_tiny(recipe, tmp_path / "run", resume=True)

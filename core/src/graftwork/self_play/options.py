@@ -51,5 +51,6 @@ class SelfPlayOptions(BaseModel):
         description="answers cut at max_new_tokens: train on them, without an end that was not written; or not",
     )
     identical: Literal["keep", "drop"] = Field(
-        "keep", description="written answers that are the target, word for word, from which nothing is learned"
+        "keep",
+        description="written answers that are the target, word for word, from which nothing is learned",
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,33 @@ class AdapterStack:
             return
         for name in [name for name in self.model.peft_config if name not in self.names]:
             self.model.delete_adapter(name)
+
+    @contextlib.contextmanager
+    def visited_by(self, folders: Mapping[str, Path | None]) -> Iterator[Callable[[str | None], None]]:
+        """Load other states of the adapter beside it, by name; yield a function that puts one of them in place.
+
+        ``None`` puts our own back. In the end all is as it was: what is active, and what trains.
+
+        Raises:
+            UserError: one of them does not fit the model.
+        """
+        active = list(self.model.base_model.active_adapters)
+        trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        try:
+            for name, folder in folders.items():
+                try:
+                    self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+                except (RuntimeError, ValueError, KeyError) as error:
+                    first = str(error).strip().splitlines()[0]
+                    raise UserError(f"adapter '{folder}' does not fit this model: {first}") from error
+            yield lambda name: self.model.base_model.set_adapter(active if name is None else [name])
+        finally:
+            self.model.base_model.set_adapter(active)
+            for name in folders:
+                if name in self.model.peft_config:
+                    self.model.delete_adapter(name)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(trains[name])
 
     def save(self, folder: Path) -> None:
         """Save all adapters (or the full model) below ``folder`` in Hugging Face formats."""
