@@ -17,6 +17,7 @@ from typing import Any, cast
 from graftwork.errors import UserError, did_you_mean
 from graftwork.evaluate.bootstrap import item_bootstrap, paired_bootstrap
 from graftwork.evaluate.continual import METRICS
+from graftwork.self_play.metrics import METRICS as SELF_PLAY
 
 _SIDE = r"([A-Za-z0-9][\w-]*)\.([A-Za-z_][\w]*)"
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
@@ -69,7 +70,7 @@ def parse(text: str, arms: Sequence[str], measured: Sequence[str] = ()) -> Claim
             f"expect: '{text}' is not of the form 'arm.metric > arm.metric + 0.01' or 'arm.metric > 0.5'"
         )
     arm, metric, relation, factor, other, other_metric, sign, margin, number = match.groups()
-    known = (*ITEM_METRICS, *PLAIN_METRICS, *measured)
+    known = (*ITEM_METRICS, *PLAIN_METRICS, *SELF_PLAY, *measured)
     for name, values, what in (
         (arm, arms, "step"),
         (other, arms, "step"),

@@ -238,8 +238,8 @@ def _tables(results: dict[str, Any], markdown: bool = False) -> None:
         click.echo(f"\n{benchmark}\n{tables.benchmark_table(members)}")
         for note in dict.fromkeys(note for job in members for note in job["notes"]):
             click.echo(f"note: {note}")
-    for job in scored:
-        if job["general"] and len(scored) <= 4:
+    for job in jobs:
+        if job["general"] and len(jobs) <= 8:
             click.echo(f"\n{job['name']}: general ability")
             click.echo(tables.general_table(job))
     if results["expect"]:
@@ -251,10 +251,8 @@ def _render(results: dict[str, Any], root: Path) -> None:
 
     write_report(results, root / "report.html")
     click.echo(f"\nreport:  {root / 'report.html'}")
-    for job in (
-        results["jobs"][:1] if len(results["jobs"]) == 1 and not results["jobs"][0].get("benchmark") else []
-    ):
-        click.echo(f"model:   {root / job['output']}")
+    if len(results["jobs"]) == 1 and results["jobs"][0]["output"] != ".":
+        click.echo(f"model:   {root / results['jobs'][0]['output']}")
 
 
 def _point_last(root: Path) -> None:

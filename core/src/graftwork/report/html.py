@@ -159,12 +159,20 @@ class _Page:
                 parts.append(f"<h3>{_text(benchmark)}</h3>")
             words = "; ".join(f"{key}: {text}" for key, text in measured.metric_words(jobs).items())
             parts.append(_table(measured.metric_cells(jobs)) + _note(f"{words}." if words else ""))
-            for arm, members in by_arm(jobs).items():
-                for chart in members[0].get("lines") or ():
-                    head = chart["title"] if len(by_arm(jobs)) == 1 else f"{arm}: {chart['title']}"
-                    drawn = self.figure(measured.line_chart(chart), str(chart.get("caption") or ""))
-                    parts.append(f"<h4>{_text(head)}</h4>{drawn}" if drawn else "")
+            shared = measured.together(jobs)
+            parts += [self.line_chart(chart, chart["title"]) for chart in shared]
+            drawn = {chart["title"] for chart in shared}
+            arms = by_arm(jobs)
+            for arm, members in arms.items():
+                own = [chart for chart in members[0].get("lines") or () if chart["title"] not in drawn]
+                heads = [chart["title"] if len(arms) == 1 else f"{arm}: {chart['title']}" for chart in own]
+                figures = "".join(map(self.line_chart, own, heads))
+                parts.append(_fold(_text(f"{arm}: its own charts"), figures) if figures and shared else figures)
         return "".join(parts)
+
+    def line_chart(self, chart: Mapping[str, Any], head: str) -> str:
+        drawn = self.figure(measured.line_chart(chart), str(chart.get("caption") or ""))
+        return f"<h4>{_text(head)}</h4>{drawn}" if drawn else ""
 
     def comparison(self) -> str:
         trained = [job for job in self.jobs if not job.get("benchmark")]

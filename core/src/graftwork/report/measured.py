@@ -26,15 +26,47 @@ def metric_words(jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def metric_cells(jobs: Sequence[Job]) -> Cells:
-    """Return one row per arm: every metric as mean ± standard deviation over runs, and the time it took."""
+    """Return one row per arm: every metric as mean ± standard deviation over runs, and the time it took.
+
+    Arms that were trained before they were measured have the time of that, too.
+    """
     names = list(metric_words(jobs))
     arms = by_arm(jobs)
+    times = {"train s": "train_seconds", "statistics s": "statistics_seconds", "time s": "eval_seconds"}
+    times = {head: key for head, key in times.items() if any(job.get(key) for job in jobs) or head == "time s"}
     rows = []
     for arm, members in arms.items():
         cells = [_over_runs([job["metrics"].get(key) for job in members]) for key in names]
-        took = mean([float(job.get("eval_seconds") or 0) for job in members])
-        rows.append([clean(arm), *cells, f"{took:.0f}"])
-    return ["method", *names, "time s"], rows
+        took = [mean([float(job.get(key) or 0) for job in members]) for key in times.values()]
+        rows.append([clean(arm), *cells, *(f"{value:.0f}" for value in took)])
+    return ["method", *names, *times], rows
+
+
+def together(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Return the charts of one line that several arms have, with a line per arm, mean over its runs."""
+    arms = by_arm(jobs)
+    points: dict[str, dict[str, dict[float, list[float]]]] = {}
+    first: dict[str, Mapping[str, Any]] = {}
+    for arm, members in arms.items():
+        for job in members:
+            for chart in job.get("lines") or ():
+                if len(chart.get("series") or ()) != 1:
+                    continue
+                first.setdefault(chart["title"], chart)
+                (line,) = chart["series"].values()
+                for x, y in line:
+                    at = points.setdefault(chart["title"], {}).setdefault(arm, {})
+                    at.setdefault(float(x), []).append(math.nan if y is None else float(y))
+    return [
+        {
+            **first[title],
+            "series": {
+                arm: [(x, mean(values)) for x, values in sorted(line.items())] for arm, line in lines.items()
+            },
+        }
+        for title, lines in points.items()
+        if len(lines) > 1
+    ]
 
 
 def line_chart(chart: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork.distributed import gather_objects, rank_and_world
 from graftwork.generate.decoding import Decoding
+from graftwork.generate.prompts import Prompt
 from graftwork.generate.session import generate
 from graftwork.hookspecs import LineChart
 from graftwork.self_play.items import Item
@@ -65,7 +66,7 @@ class HeldOut(Scores):
             written = generate(
                 stack.model,
                 self.tokenizer,
-                [items[k].prompt for k in mine],
+                [Prompt(items[k].prompt) for k in mine],
                 decoding=Decoding.from_plugins(self.run, stack.model),
                 batch_size=self.options.batch_size,
                 progress=bar.update,
