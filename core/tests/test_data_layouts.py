@@ -319,3 +319,77 @@ def test_real_benchmark() -> None:
     assert [task.name for task in stream] == order
     assert all(len(task.train) == 200 and len(task.test or []) == 150 for task in stream)
     assert all(row["prompt"].endswith("\nAnswer:") for task in stream for row in task.train.to_list())
+
+
+# ---------------------------------------------------------------------- Alpaca's layout
+
+ASKED = {"instruction": "Make it polite.", "input": "Give me that!", "output": "Could I have that?"}
+
+
+def test_alpaca_layout(tmp_path: Path) -> None:
+    bare = {"instruction": " Name a fruit.\n", "output": "A pear.\n"}
+    file = write(tmp_path / "asked.json", [ASKED, {**bare, "input": ""}, bare])
+    for source in (str(file), f"alpaca:{file}"):
+        (task,) = read_tasks(source)
+        assert (task.name, task.form, task.test, task.notes) == ("asked", "completion", None, [])
+        pear = {"prompt": "Name a fruit.", "completion": "\n\nA pear."}
+        polite = {"prompt": "Make it polite.\n\nGive me that!", "completion": "\n\nCould I have that?"}
+        assert task.train == [polite, pear, pear]
+    assert task_names(str(file)) == ["asked"]
+    (row, *_) = build_stream(DataOptions(source=str(file), prompt="chat"), seed=0)[0].train
+    assert row["prompt"] == [{"role": "user", "content": "Make it polite.\n\nGive me that!"}]
+    assert row["completion"] == [{"role": "assistant", "content": "Could I have that?"}]
+
+
+def test_alpaca_items_are_cut_in_two_parts_for_tuning(tmp_path: Path) -> None:
+    items = [{"instruction": f"Say {number}.", "input": "", "output": str(number)} for number in range(40)]
+    file = write(tmp_path / "asked.json", items)
+    options = DataOptions(source=str(file), validation=0.5, test_items=7)
+    (task,) = build_stream(options, seed=1)
+    assert task.test is not None
+    assert (len(task.train), len(task.test)) == (20, 7)
+    assert not set(task.train["prompt"]) & set(task.test["prompt"])
+
+
+def test_alpaca_prompts_without_answers_are_dropped_with_a_note(tmp_path: Path) -> None:
+    file = write(tmp_path / "asked.json", [{**ASKED, "output": " "}, ASKED, {**ASKED, "output": ""}])
+    (task,) = read_tasks(str(file))
+    assert len(task.train) == 1
+    assert task.notes == ["asked: 2 items without an answer were dropped"]
+    assert "no item has an answer" in complaint(write(file, [{**ASKED, "output": ""}]))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([], "no items"),
+        ([3], "item 0: a int, where a JSON object is expected"),
+        ([ASKED, {"instruction": "a"}], "item 1: the key 'output' is missing"),
+        ([{**ASKED, "output": None}], "item 0: 'output' is null, where str is expected"),
+        ([{**ASKED, "input": 3}], "item 0: 'input' is int, where str is expected"),
+        ([{**ASKED, "instruction": " ", "input": ""}], "item 0: neither 'instruction' nor 'input'"),
+        ([{**ASKED, "history": [["a", "b"]]}], "item 0: 'history' is not read"),
+        ([{"instruction": "a", "outputs": "b"}], "the key 'output' is missing (did you mean 'outputs'?)"),
+        ("[{", "not valid JSON"),
+    ],
+)
+def test_broken_alpaca_files(tmp_path: Path, value: object, says: str) -> None:
+    file = write(tmp_path / "asked.json", value)
+    message = complaint(file)
+    assert says in message
+    assert str(file) in message
+    assert says in complaint(f"alpaca:{file}")
+
+
+def test_alpaca_files_that_cannot_be_meant(tmp_path: Path) -> None:
+    assert "does not exist" in complaint(f"alpaca:{tmp_path / 'none.json'}")
+    assert "cannot be read" in complaint(f"alpaca:{tmp_path}")
+    # JSON lines under the name .json are no array and stay what they were.
+    assert read_tasks(str(write(tmp_path / "lines.json", {"text": "a"})))[0].form == "text"
+
+
+@pytest.mark.skipif(not (DATA / "sft").exists(), reason="needs the real instructions beside the checkout")
+def test_real_instructions() -> None:
+    (task,) = read_tasks(str(DATA / "sft/alpaca_en_demo.json"))
+    assert (len(task.train), task.notes) == (999, [])
+    assert sum("\n\n" in item["prompt"] for item in task.train) >= 412

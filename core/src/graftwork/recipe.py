@@ -54,7 +54,9 @@ class ModelOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ref: str = Field(description="hub id, folder, GGUF file, or the bundled smollm2-135m")
+    ref: str = Field(
+        description="hub id, folder, GGUF file, the bundled smollm2-135m, or scratch:<settings> for random weights"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the loaded weights; auto keeps the checkpoint's own"
     )

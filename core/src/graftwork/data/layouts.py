@@ -1,4 +1,4 @@
-"""Read tasks from disk: the CL-benchmark layout, the TRACE layout, and plain JSONL.
+"""Read tasks from disk: the CL-benchmark layout, the TRACE layout, Alpaca's, and plain JSONL.
 
 Every mistake in a file is told in one sentence with the file and the line or item.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftwork.data.exact_answers import exact_items
 from graftwork.data.json_lines import objects, parse_json, read_text, type_word
 from graftwork.data.labels import label_problem
 from graftwork.errors import UserError, did_you_mean
@@ -58,9 +59,10 @@ def read_tasks(
 ) -> list[RawTask]:
     """Return the tasks of ``source``, in ``order`` where given, else sorted by name.
 
-    ``source`` is ``cl:olora:<folder>``, ``cl:trace:<folder>``, ``jsonl:<path>`` or a bare path, whose
-    layout is then found out; or ``tiny``, three generated tasks that a tiny model can learn. ``sources``
-    are further layouts by name, from plugins. Only the files of the tasks in ``order`` are read.
+    ``source`` is ``cl:olora:<folder>``, ``cl:trace:<folder>``, ``alpaca:<file>``, ``jsonl:<path>`` or a bare
+    path, whose layout is then found out; or ``tiny``, three generated tasks that a tiny model can learn; or
+    ``exact:<kind>``, see :mod:`graftwork.data.exact_answers`. ``sources`` are further layouts by name, from
+    plugins. Only the files of the tasks in ``order`` are read.
 
     Raises:
         UserError: a missing path, an unknown layout or task, or a mistake in a file.
@@ -68,7 +70,7 @@ def read_tasks(
     layouts = {**LAYOUTS, **(sources or {})}
     layout, path = _split(source, layouts)
     # A layout of a plugin may make its data, and says itself when it needs a file.
-    if layout in LAYOUTS and not path.exists():
+    if layout in LAYOUTS and layout not in GENERATED and not path.exists():
         raise UserError(f"data '{path}' does not exist; name a task folder or a JSONL file")
     readers = layouts[layout](path)
     if not readers:
@@ -93,7 +95,7 @@ def read_tasks(
 def task_names(source: str) -> list[str]:
     """Return the names of the tasks of ``source`` without reading their items."""
     layout, path = _split(source, LAYOUTS)
-    return sorted(LAYOUTS[layout](path)) if path.exists() else []
+    return sorted(LAYOUTS[layout](path)) if layout in GENERATED or path.exists() else []
 
 
 def _split(source: str, layouts: Mapping[str, Layout]) -> tuple[str, Path]:
@@ -107,6 +109,9 @@ def _split(source: str, layouts: Mapping[str, Layout]) -> tuple[str, Path]:
         known = ", ".join(layout for layout in LAYOUTS if layout.startswith("cl:"))
         raise UserError(f"data '{source}': unknown layout; known: {known}")
     path = _path(source, source)
+    # No JSONL file begins so: a line of it is an object.
+    if path.suffix == ".json" and path.is_file() and read_text(path).lstrip().startswith("["):
+        return "alpaca", path
     if path.is_dir() and any(path.glob("*/*/train.json")):
         return "cl:olora", path
     if path.is_dir() and any(path.glob("*/train.json")):
@@ -127,6 +132,8 @@ def _tiny() -> Path:
 
 def _path(text: str, source: str) -> Path:
     if not text.strip():
+        if source.rstrip(": ") in GENERATED:
+            raise UserError(f"data '{source}' names no kind of questions; write for example exact:arithmetic")
         raise UserError(f"data '{source}' names no path; name a task folder or a JSONL file")
     return Path(text)
 
@@ -197,6 +204,46 @@ def _jsonl(path: Path) -> Readers:
     )
 
 
+def _alpaca(path: Path) -> Readers:
+    """One JSON array of ``{"instruction", "input", "output"}``: text that is asked, and its answer."""
+
+    def read() -> RawTask:
+        task = RawTask(path.stem, "completion", [])
+        empty = 0
+        for where, item in _array(path):
+            _need(item, {"instruction": str, "output": str}, where)
+            asked = [item["instruction"], item.get("input", "")]
+            if not isinstance(asked[1], str):
+                raise UserError(f"{where}: 'input' is {type_word(asked[1])}, where str is expected")
+            for key in ("system", "history"):
+                if item.get(key):
+                    raise UserError(
+                        f"{where}: '{key}' is not read, and the answer depends on it; write the item as messages in "
+                        f"a .jsonl file"
+                    )
+            prompt = "\n\n".join(text.strip() for text in asked if text.strip())
+            if not prompt:
+                raise UserError(f"{where}: neither 'instruction' nor 'input' says anything")
+            if item["output"].strip():
+                task.train.append({"prompt": prompt, "completion": f"\n\n{item['output'].strip()}"})
+            else:
+                empty += 1
+        if empty and not task.train:
+            raise UserError(f"{path}: no item has an answer ('output'); at least one is needed")
+        if empty:
+            task.notes.append(f"{path.stem}: {empty} items without an answer were dropped")
+        _not_empty(task.train, path)
+        return task
+
+    return {path.stem: read}
+
+
+def _exact(path: Path) -> Readers:
+    """No file: ``<kind>[,<setting>=<value>...]`` of generated questions."""
+    name, train, test = exact_items(str(path))
+    return {name: lambda: RawTask(name, "completion", train, test or None)}
+
+
 def _named(readers: Iterable[tuple[Path, Callable[[], RawTask]]]) -> Readers:
     """Return the readers by task name, the last part of the path."""
     found: dict[str, tuple[Path, Callable[[], RawTask]]] = {}
@@ -212,8 +259,12 @@ def _named(readers: Iterable[tuple[Path, Callable[[], RawTask]]]) -> Readers:
 LAYOUTS: dict[str, Layout] = {
     "cl:olora": _olora,
     "cl:trace": _trace,
+    "alpaca": _alpaca,
+    "exact": _exact,
     "jsonl": _jsonl,
 }
+# These are made and not read.
+GENERATED = ("exact",)
 
 
 def _jsonl_task(name: str, train: Path, test: Path | None, labels: Path | None) -> RawTask:

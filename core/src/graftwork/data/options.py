@@ -13,7 +13,8 @@ class DataOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     source: str = Field(
-        description="task folder, JSONL file or folder, or <layout>:<path>, e.g. cl:olora:data/"
+        description="task folder, JSONL file or folder, or <layout>:<path>, e.g. cl:olora:data/ or "
+        "alpaca:items.json; exact:<kind> generates questions with one exact answer"
     )
     order: list[str] | None = Field(None, description="names of the tasks, in the order to learn them")
     train_items: int | None = Field(
@@ -40,7 +41,7 @@ class DataOptions(BaseModel):
     prompt: Literal["plain", "published", "chat"] = Field(
         "plain",
         description="plain: instruction, options, sentence; published: with the task's name in front, as the "
-        "benchmark's scripts have it; chat: the plain prompt as a user message",
+        "benchmark's scripts have it; chat: the plain prompt as a user message, the answer as the assistant's",
     )
     options_in_prompt: bool = Field(True, description="list the labels in the prompt")
     overlap: Literal["report", "refuse"] = Field(

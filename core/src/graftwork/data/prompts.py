@@ -1,7 +1,8 @@
-"""How a classification item becomes a prompt and an answer."""
+"""How a classification item becomes a prompt and an answer, and a prompt and its answer a chat."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from graftwork.data.layouts import RawTask
@@ -10,6 +11,9 @@ from graftwork.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# One blank before a word, or line ends: the gap between a plain prompt and its answer. An indent is no such gap.
+_PARTING = re.compile(r"^(?: (?=\S)|\n+)")
 
 
 def render(
@@ -20,16 +24,16 @@ def render(
 ) -> list[dict[str, Any]]:
     """Return rows with ``prompt`` and ``completion`` (and ``label``) for classification items.
 
-    Items of other forms are returned as they are, but that long prompts of completion items lose their middle.
+    Completion items of text become messages where ``options.prompt`` is ``chat``, and long prompts of theirs lose
+    their middle; items of other forms are returned as they are.
     Pieces are joined, never formatted: a brace in an instruction stays a brace. ``tokenizer`` is what
     ``options.max_prompt_tokens`` counts with; without one prompts are not cut by tokens.
 
     Raises:
         UserError: a prompt is longer than ``max_prompt_tokens`` even without its sentence.
     """
-    if task.form == "completion" and tokenizer is not None and options.max_prompt_tokens is not None:
-        limit = options.max_prompt_tokens
-        return [{**item, "prompt": without_middle(item["prompt"], limit, tokenizer)} for item in items]
+    if task.form == "completion":
+        return [_completion_row(item, options, tokenizer) for item in items]
     if task.form != "classification":
         return items
     rows = []
@@ -85,14 +89,17 @@ def cut_words(text: str, count: int) -> str:
     return text
 
 
-def without_middle(prompt: Any, limit: int, tokenizer: PreTrainedTokenizerBase) -> Any:
+def without_middle(
+    prompt: Any, limit: int, tokenizer: PreTrainedTokenizerBase, *, as_chat: bool = False
+) -> Any:
     """Return a prompt of at most ``limit`` tokens: its beginning and its end. Chats are returned as they are.
 
-    What to do stands at the beginning of a long prompt, and what is asked for at its end.
+    What to do stands at the beginning of a long prompt, and what is asked for at its end. With ``as_chat`` the
+    tokens are those of the prompt as a user message.
     """
 
     def length(text: str) -> int:
-        return len(tokenizer(text, verbose=False)["input_ids"])
+        return _length(text, tokenizer, as_chat=as_chat)
 
     def kept(count: int) -> str:
         return prompt[: count - count // 2] + prompt[len(prompt) - count // 2 :]
@@ -128,10 +135,7 @@ def _fitted(task: RawTask, sentence: str, prompt: str, options: DataOptions, tok
     assert limit is not None
 
     def length(text: str) -> int:
-        if options.prompt == "chat":
-            ids = tokenizer.apply_chat_template(_chat(text), add_generation_prompt=True, return_dict=True)
-            return len(ids["input_ids"])
-        return len(tokenizer(text, verbose=False)["input_ids"])
+        return _length(text, tokenizer, as_chat=options.prompt == "chat")
 
     if length(prompt) <= limit:
         return prompt
@@ -157,6 +161,34 @@ def _fitted(task: RawTask, sentence: str, prompt: str, options: DataOptions, tok
     while kept and length(classification_prompt(task, kept, options)) > limit:
         kept = kept[:-1]
     return classification_prompt(task, kept, options)
+
+
+def _completion_row(
+    item: dict[str, Any], options: DataOptions, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    prompt, completion = item["prompt"], item["completion"]
+    as_chat = options.prompt == "chat" and isinstance(prompt, str) and isinstance(completion, str)
+    limit = options.max_prompt_tokens
+    if as_chat:
+        # What parts a prompt from its answer is now the template's own matter.
+        prompt, completion = prompt.rstrip(), _PARTING.sub("", completion)
+    if tokenizer is not None and limit is not None:
+        if as_chat and (bare := _length("", tokenizer, as_chat=True)) >= limit:
+            raise UserError(
+                f"data.max_prompt_tokens is {limit}, but a chat has {bare} tokens before any prompt; set it to more"
+            )
+        prompt = without_middle(prompt, limit, tokenizer, as_chat=as_chat)
+    if as_chat:
+        prompt, completion = _chat(prompt), [{"role": "assistant", "content": completion}]
+    return {**item, "prompt": prompt, "completion": completion}
+
+
+def _length(text: str, tokenizer: Any, *, as_chat: bool) -> int:
+    """Return how many tokens ``text`` is, alone or as a user message that an answer is asked for."""
+    if as_chat:
+        ids = tokenizer.apply_chat_template(_chat(text), add_generation_prompt=True, return_dict=True)
+        return len(ids["input_ids"])
+    return len(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _chat(prompt: str) -> list[dict[str, str]]:
