@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -39,10 +39,11 @@ def task_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the trainer's own tokenised training data in its fixed order, collated and on its device.
 
-    The first ``items`` items (all where None) are dealt over the processes, so that no item counts twice.
+    Of pairs of answers it is the chosen ones, as :func:`trained_rows` has them. The first ``items`` items (all where None) are dealt over the processes, so that no item counts twice.
     ``console`` shows a bar named ``label``.
     """
-    dataset = cast(Any, trainer.train_dataset)
+    dataset = trained_rows(trainer)
+    collate = dataset.collate if isinstance(dataset, ChosenAnswers) else trainer.data_collator
     total = len(dataset) if items is None else min(items, len(dataset))
     rank, world = rank_and_world()
     mine = range(rank, total, world)
@@ -50,7 +51,7 @@ def task_batches(
     try:
         for start in range(0, len(mine), batch_size):
             rows = [dataset[index] for index in mine[start : start + batch_size]]
-            batch = trainer.data_collator(rows)
+            batch = collate(rows)
             yield {
                 key: value.to(trainer.args.device)
                 for key, value in batch.items()
@@ -61,6 +62,46 @@ def task_batches(
     finally:
         if bar is not None:
             bar.close()
+
+
+class ChosenAnswers:
+    """The chosen answers of a data set of pairs as items of their own: ``input_ids``, and ``labels`` on the answer."""
+
+    def __init__(self, pairs: Any, pad: int) -> None:
+        self.pairs = pairs
+        self.pad = pad
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = self.pairs[index]
+        prompt, answer = row["prompt_ids"], row["chosen_ids"]
+        return {"input_ids": [*prompt, *answer], "labels": [*[-100] * len(prompt), *answer]}
+
+    def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` (b x l), filled up on the right."""
+        wide = max(len(row["input_ids"]) for row in rows)
+
+        def filled(key: str, value: int) -> torch.Tensor:
+            return torch.tensor([[*row[key], *[value] * (wide - len(row[key]))] for row in rows])
+
+        mask = torch.tensor([[int(place < len(row["input_ids"])) for place in range(wide)] for row in rows])
+        return {
+            "input_ids": filled("input_ids", self.pad),
+            "attention_mask": mask,
+            "labels": filled("labels", -100),
+        }
+
+
+def trained_rows(trainer: Trainer) -> Any:
+    """Return the items that ``trainer`` learns to write, by number: its data set, or of pairs the chosen answers."""
+    dataset = cast(Any, trainer.train_dataset)
+    columns = getattr(dataset, "column_names", None) or ()
+    if "chosen_ids" not in columns:
+        return dataset
+    pad = getattr(trainer.processing_class, "pad_token_id", None)
+    return ChosenAnswers(dataset, 0 if pad is None else pad)
 
 
 def attended(batch: Batch) -> torch.Tensor:

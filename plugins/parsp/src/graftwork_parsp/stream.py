@@ -10,7 +10,7 @@ import torch
 from graftwork import AreaChart, UserError
 from graftwork.data.texts import text_windows
 from graftwork.distributed import rank_and_world
-from graftwork.train.statistics import task_batches
+from graftwork.train.statistics import task_batches, trained_rows
 from torch import nn
 
 from graftwork_parsp.capacity import Capacity, capacities, charts
@@ -154,7 +154,7 @@ class Stream:
         if not self.options.null_space:
             return
         width = max(mlp.inputs for mlp in self.mlps)
-        self.moment_items, tokens = _items_for(trainer.train_dataset, 4 * width, self.options.moment_items)
+        self.moment_items, tokens = _items_for(trained_rows(trainer), 4 * width, self.options.moment_items)
         if tokens < width:
             raise UserError(
                 f"task '{task.name}' has {tokens} tokens for the second moments of {width} inputs, and with fewer "
