@@ -45,4 +45,4 @@ def check_self_play(run: Run, owner: str, play: SelfPlay, adapter: Adapter | Non
     if play.options.writing.backend == "vllm":
         from graftwork.self_play.vllm import check
 
-        check(play.options.writing)
+        check(play.options.writing, run, adapter)
