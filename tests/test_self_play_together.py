@@ -20,7 +20,11 @@ DEEPSPEED = Path(__file__).parent.parent / "recipes/deepspeed"
 LORA = ["adapter.peft_type=LORA", "adapter.r=2", "adapter.target_modules=all-linear"]
 WEIGHTS: dict[str, list[str]] = {
     "lora": LORA,
-    "sparta": ["plugins.sparta.block_layers=1", "plugins.sparta.rank_specific=4", "plugins.sparta.components=2"],
+    "sparta": [
+        "plugins.sparta.block_layers=1",
+        "plugins.sparta.rank_specific=4",
+        "plugins.sparta.components=2",
+    ],
     "parsp": ["plugins.parsp.density=0.25"],
     "full": [],
 }
@@ -194,7 +198,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reason="DeepSpeed is not installed; `make slow` brings it",
 )
 @pytest.mark.parametrize("weights", ["lora", "full"])
-@pytest.mark.parametrize("config", ["zero2"])
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_deepspeed_equals_data_parallel(
     checkpoint: Path, sums: Path, tmp_path: Path, extensions: Path, weights: str, config: str
 ) -> None:

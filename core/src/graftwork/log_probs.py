@@ -218,7 +218,9 @@ def how(model: nn.Module, *, bare: Any = None) -> Way:
     """
     base = _base(_bare(model) if bare is None else bare)
     head = base.get_output_embeddings()
-    if type(head).forward is not nn.Linear.forward or not _multiplies(head.weight):
+    # A weight that is spread over processes shows no numbers here.
+    known = _is_sharded(head.weight) or _multiplies(head.weight)
+    if type(head).forward is not nn.Linear.forward or not known:
         # An adapter's layer, a quantised one: only itself knows what it computes.
         return "logits"
     fused: Way = "fused" if has_fused_head(base) and fused_head_is_right(base.config) else "logits"

@@ -110,6 +110,14 @@ class AdapterStack:
             self._add(name)
         self._activate(self.names if self.policy == "stacked" else [name], trains=name)
 
+    def put_on(self, base: PreTrainedModel) -> None:
+        """Put freshly made adapters of the same names on another copy of the base; their values are to be set."""
+        names, self.model, self.names = self.names, base, []
+        for name in names:
+            self._add(name)
+        if names:
+            self._activate(names if self.policy == "stacked" else names[-1:], trains=names[-1])
+
     def use_for(self, task_name: str) -> None:
         """Activate the adapter that answers ``task_name`` (only ``separate`` has a choice)."""
         if self.policy == "separate" and adapter_name(task_name) in self.names:

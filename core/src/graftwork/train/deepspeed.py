@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from graftwork.errors import UserError
+
+if TYPE_CHECKING:
+    from graftwork.plugins import Plugins
 
 
 def read_config(train: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -38,16 +44,46 @@ def zero_stage(train: Mapping[str, Any]) -> int:
     return int(section.get("stage", 0))
 
 
-def check(train: Mapping[str, Any]) -> None:
-    """Refuse what a stream of tasks cannot run under.
+# What reads or edits weights between forward and backward passes sees empty ones where they are sharded.
+_READING = ("task_begin", "task_end", "loss_terms", "transform_gradients", "batch_begin")
 
-    Between tasks the model is scored, measured and saved without an engine, which needs whole weights.
+
+def check(train: Mapping[str, Any], plugins: Plugins) -> None:
+    """Refuse what cannot be trained with sharded parameters.
 
     Raises:
-        UserError: the parameters would be sharded (ZeRO-3).
+        UserError: ZeRO-3 beside a plugin that works on weights while they are sharded.
     """
-    if zero_stage(train) >= 3:
-        raise UserError(
-            "train.deepspeed asks for ZeRO stage 3, which shards the weights; a stream of tasks scores and saves "
-            "whole weights between tasks: use stage 1 or 2 (with offload_optimizer where memory is short)"
-        )
+    if zero_stage(train) < 3:
+        return
+    for hook in _READING:
+        for plugin in plugins.implements(hook):
+            raise UserError(
+                f"train.deepspeed asks for ZeRO stage 3, which shards the weights, and plugin '{plugin}' works on "
+                f"them during training (hook {hook}): use stage 1 or 2 (with offload_optimizer where memory is "
+                f"short)"
+            )
+
+
+def let_go() -> None:
+    """Load and use models as without DeepSpeed, until the next trainer's arguments are made.
+
+    transformers shards every model that it loads while a configuration of ZeRO-3 is alive, and lets all
+    processes generate in step. Between tasks each process has the whole model and works for itself.
+    """
+    unset_hf_deepspeed_config()
+
+
+def gather(sharded: torch.nn.Module, whole: torch.nn.Module) -> None:
+    """Copy the parameters and buffers of ``sharded`` (ZeRO-3) into ``whole``, one at a time, in all processes."""
+    import deepspeed
+
+    into = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, parameter in sharded.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                into[name].copy_(parameter)
+            into[name].requires_grad_(parameter.requires_grad)
+        buffers = dict(whole.named_buffers())
+        for name, buffer in sharded.named_buffers():
+            buffers[name].copy_(buffer)

@@ -177,7 +177,7 @@ class Plan:
         chosen = from_plugin[1] if from_plugin else algorithm(run.job.algorithm)
         for fields in ({}, *run.job.per_task.values()):
             check_fields(chosen.config, {**run.job.train, **fields})
-        deepspeed.check(run.job.train)
+        deepspeed.check(run.job.train, run.plugins)
         model = run.job.model
         meta = build_meta(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
         if not from_plugin:

@@ -39,8 +39,9 @@ def task_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the trainer's own tokenised training data in its fixed order, collated and on its device.
 
-    Of pairs of answers it is the chosen ones, as :func:`trained_rows` has them. The first ``items`` items (all where None) are dealt over the processes, so that no item counts twice.
-    ``console`` shows a bar named ``label``.
+    Of pairs of answers it is the chosen ones, as :func:`trained_rows` has them. The first ``items`` items (all
+    where None) are dealt over the processes, so that no item counts twice. ``console`` shows a bar named
+    ``label``.
     """
     dataset = trained_rows(trainer)
     collate = dataset.collate if isinstance(dataset, ChosenAnswers) else trainer.data_collator

@@ -23,6 +23,7 @@ from graftwork.files import atomic_folder, write_json_atomic
 from graftwork.models import load_model
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
+from graftwork.train import deepspeed
 from graftwork.train.adapters import AdapterStack, count_parameters
 from graftwork.train.algorithms import build_arguments
 from graftwork.train.checkpoints import (
@@ -72,15 +73,9 @@ class Stream:
         memory.reset_peak()
         names = [task.name for task in self.tasks]
         done = finished_stages(self.run, names)
-        arguments = self._arguments(0)
-        model = self.job.model
-        base = load_model(
-            model.ref,
-            dtype=model.dtype,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-        ).to(arguments.device)
-        self.stack = AdapterStack(self.plan.adapter, base, model.ref)
+        self.device = self._arguments(0).device
+        deepspeed.let_go()
+        self.stack = AdapterStack(self.plan.adapter, self._base(), self.job.model.ref)
         current = self.tasks[len(done)].name if len(done) < len(self.tasks) else ""
         self.checkpoint = latest_checkpoint(self.run, current)
         if done:
@@ -97,6 +92,16 @@ class Stream:
         for task in self.tasks[len(done) :]:
             self._learn(task)
         return self._finish()
+
+    def _base(self) -> Any:
+        """Load the model that the job names."""
+        model = self.job.model
+        return load_model(
+            model.ref,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        ).to(self.device)
 
     # ------------------------------------------------------------------ one task
 
@@ -119,7 +124,10 @@ class Stream:
         self.started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(folder) if folder else None)
         self.train_seconds += time.perf_counter() - self.started
+        deepspeed.let_go()
         self.stack.forget_others()
+        if deepspeed.zero_stage(self.job.train) >= 3:
+            self._make_whole(trainer)
         self.steps = trainer.state.global_step
         # Counted now: at a task's end a method may freeze or fold away what it has trained.
         self.trainable, self.total = count_parameters(self.stack.model)
@@ -130,6 +138,13 @@ class Stream:
         trainer.accelerator.free_memory()
         self.scores.after(task.index, self.stack)
         self._write_stage(task)
+
+    def _make_whole(self, trainer: Any) -> None:
+        """Put a whole model in place of the sharded one, which ends with its trainer."""
+        sharded = self.stack.model
+        self.stack.put_on(self._base())
+        deepspeed.gather(sharded, self.stack.model)
+        trainer.model = trainer.model_wrapped = self.stack.model
 
     @contextlib.contextmanager
     def _statistics(self) -> Iterator[None]:
