@@ -6,6 +6,7 @@ No GPU is needed, so nothing here shows that a real server answers.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import threading
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import peft
+import pyarrow.parquet as pq
 import pytest
 import torch
 from graftwork import UserError
@@ -25,6 +27,8 @@ from graftwork.self_play.items import Item
 from graftwork.self_play.options import WritingOptions
 from graftwork.self_play.vllm import VllmWriter, check, parameter_groups, writer
 from graftwork.testing.models import tiny_model, tiny_tokenizer
+from graftwork.testing.packages import install_plugin
+from graftwork.testing.runs import losses, run_tiny, tiny_recipe
 from trl.generation.vllm_client import VLLMClient
 
 END = 2
@@ -487,3 +491,58 @@ def test_the_extra_is_there() -> None:
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert any(json.dumps(one).startswith('"trl[vllm]') for one in project["optional-dependencies"]["vllm"])
+
+
+# ---------------------------------------------------------------------- a whole run
+
+CODE = """
+from torch.nn.functional import softplus
+from graftwork import PairLoss, SelfPlay, hookimpl
+from graftwork.self_play.options import SelfPlayOptions
+
+class Duel:
+    Options = SelfPlayOptions
+
+    def __init__(self, options):
+        self.options = options
+
+    @hookimpl
+    def self_play(self, run):
+        def loss(batch):
+            margin = batch.chosen - batch.rejected - (batch.reference_chosen - batch.reference_rejected)[:, 0]
+            return PairLoss(softplus(-0.1 * margin))
+        return SelfPlay(self.options, loss)
+"""
+
+
+def test_a_run_plays_with_a_server_as_it_does_without(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy answers are the same wherever they are written, so both runs train on the same pairs."""
+    (tmp_path / "site").mkdir()
+    install_plugin(tmp_path / "site", "served", "served_duel:Duel", CODE)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    importlib.invalidate_caches()
+    server = Server()
+    monkeypatch.setattr(vllm, "_client", lambda url: server)
+    seen = {}
+    for backend in ("transformers", "vllm"):
+        writing = {"backend": backend, "max_new_tokens": 6, "temperature": 0.0, "batch_size": 4}
+        recipe = tiny_recipe(
+            checkpoint,
+            "exact:table,train=6,test=2,entries=2",
+            plugins={"served": {"iterations": 2, "writing": writing}},
+            train={"max_steps": 2, "max_length": 128},
+            evaluate={"max_new_tokens": 4},
+            adapter={"peft_type": "LORA", "r": 2, "target_modules": "all-linear"},
+        )
+        run_tiny(recipe, tmp_path / backend)
+        tables = [
+            pq.read_table(tmp_path / backend / "rounds" / f"iteration-{k}" / "pairs.parquet").to_pydict()
+            for k in (1, 2)
+        ]
+        seen[backend] = [table["rejected_ids"] for table in tables], losses(tmp_path / backend)
+    assert len(server.requests) == 12
+    # Two rounds, two players: each was given its weights.
+    assert server.calls.count("start") == 2
+    assert seen["vllm"] == seen["transformers"]
