@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 
 from graftwork.distributed import barrier
-from graftwork.errors import PluginError
+from graftwork.errors import PluginError, UserError
 from graftwork.generate.decoding import Decoding
 from graftwork.generate.prompts import Prompt
 from graftwork.generate.session import POOL, generate
@@ -164,6 +164,8 @@ def _scored(
             some = samples[number * size : (number + 1) * size]
             try:
                 found = [float(value) for value in score(some)]
+            except UserError:
+                raise
             except Exception as error:
                 raise PluginError(owner, "self_play (score)", error) from error
             bar.update(len(some))
