@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from graftwork_tpaw import metrics
 from graftwork_tpaw.loss import dpo_loss
-from graftwork_tpaw.rewards import reward
+from graftwork_tpaw.rewards import check_reward, reward
 
 if TYPE_CHECKING:
     from graftwork.run import Run
@@ -50,6 +50,10 @@ class IterativeDpo:
 
     def __init__(self, options: IterativeDpoOptions) -> None:
         self.options = options
+
+    @hookimpl
+    def check(self, run: Run) -> None:
+        check_reward(self.options.reward)
 
     @hookimpl
     def self_play(self, run: Run) -> SelfPlay:

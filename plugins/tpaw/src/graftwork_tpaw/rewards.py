@@ -28,6 +28,12 @@ def overlap(samples: Sequence[Sample]) -> list[float]:
     return [f1(sample.text, [sample.target]) for sample in samples]
 
 
+OWN: dict[str, Reward] = {"exact": exact, "f1": overlap}
+WANTED = (
+    "name exact, f1, or a sequence-classification model with one output, a folder or hub id of safetensors"
+)
+
+
 class RewardModel:
     """The logit of a sequence-classification model with one output, read from safetensors; loaded when first used.
 
@@ -80,7 +86,17 @@ class RewardModel:
 
 def reward(name: str) -> Reward:
     """Return the reward ``exact``, ``f1``, or that of a model reference."""
-    return {"exact": exact, "f1": overlap}.get(name) or RewardModel(name)
+    return OWN.get(name) or RewardModel(name)
+
+
+def check_reward(name: str) -> None:
+    """Refuse a reward that is neither ours nor a sequence-classification model with one output.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    if name not in OWN:
+        _config(name)
 
 
 def _messages(prompt: Any) -> list[dict[str, Any]]:
@@ -92,25 +108,33 @@ def _window(model: Any, tokenizer: Any) -> int:
     return min(tokenizer.model_max_length, own or tokenizer.model_max_length)
 
 
-def _load(ref: str) -> Any:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def _config(ref: str) -> Any:
+    from transformers import AutoConfig
 
-    source = resolve(ref)
-    wanted = "name a folder or hub id of a sequence-classification model with one output, in safetensors"
+    path = resolve(ref).path
     try:
-        config = AutoConfig.from_pretrained(source.path)
-        if config.num_labels != 1:
-            raise UserError(f"the reward model '{ref}' has {config.num_labels} outputs; {wanted}")
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the reward '{ref}' cannot be read ({_first_line(error)}); {WANTED}") from error
+    if config.num_labels != 1:
+        raise UserError(f"the reward model '{ref}' has {config.num_labels} outputs; {WANTED}")
+    return config
+
+
+def _load(ref: str) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    config = _config(ref)
+    try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            source.path, config=config, use_safetensors=True, output_loading_info=True
+            resolve(ref).path, config=config, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the reward model '{ref}' cannot be read ({_first_line(error)}); {wanted}"
+            f"the reward model '{ref}' cannot be read ({_first_line(error)}); {WANTED}"
         ) from error
     if report["missing_keys"]:
-        missing = min(report["missing_keys"])
-        raise UserError(f"the reward model '{ref}' has no trained '{missing}'; {wanted}")
+        raise UserError(f"the reward model '{ref}' has no trained '{min(report['missing_keys'])}'; {WANTED}")
     return model
 
 

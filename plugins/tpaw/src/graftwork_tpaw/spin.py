@@ -9,6 +9,7 @@ from graftwork.self_play.options import SelfPlayOptions
 from pydantic import Field, model_validator
 
 from graftwork_tpaw import metrics
+from graftwork_tpaw.checks import check_team
 from graftwork_tpaw.loss import spin_loss
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ class SpinOptions(SelfPlayOptions):
             raise ValueError(
                 f"beta has {len(self.beta)} values for {self.iterations} iterations; give one for each, or one number"
             )
-        if self.team:
-            raise ValueError("team does nothing in SPIN, whose only player is the newest; leave it out")
+        check_team(self.team, 1, self.rounds)
         return self
 
     def beta_of(self, iteration: int) -> float:

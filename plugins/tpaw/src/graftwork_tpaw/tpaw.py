@@ -10,6 +10,7 @@ from graftwork.self_play.options import SelfPlayOptions
 from pydantic import Field, model_validator
 
 from graftwork_tpaw import metrics
+from graftwork_tpaw.checks import check_team
 from graftwork_tpaw.loss import TeamTerms, player_weights, team_terms
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class TpawOptions(SelfPlayOptions):
             raise ValueError(
                 "margin_uses_alpha does nothing with one player, gamma = 0 or eta = 1; leave it out"
             )
+        check_team(self.team, self.players, self.rounds)
         return self
 
 
