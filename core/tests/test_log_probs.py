@@ -541,6 +541,13 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert how(model) == "logits"
 
 
+def test_a_head_in_eight_bits_is_asked_for_its_logits() -> None:
+    model = tiny_model()
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert how(model) == "logits"
+
+
 PROCESSES = """
 import torch
 from accelerate import Accelerator
