@@ -167,7 +167,9 @@ class _Page:
                 own = [chart for chart in members[0].get("lines") or () if chart["title"] not in drawn]
                 heads = [chart["title"] if len(arms) == 1 else f"{arm}: {chart['title']}" for chart in own]
                 figures = "".join(map(self.line_chart, own, heads))
-                parts.append(_fold(_text(f"{arm}: its own charts"), figures) if figures and shared else figures)
+                parts.append(
+                    _fold(_text(f"{arm}: its own charts"), figures) if figures and shared else figures
+                )
         return "".join(parts)
 
     def line_chart(self, chart: Mapping[str, Any], head: str) -> str:

@@ -33,7 +33,9 @@ def metric_cells(jobs: Sequence[Job]) -> Cells:
     names = list(metric_words(jobs))
     arms = by_arm(jobs)
     times = {"train s": "train_seconds", "statistics s": "statistics_seconds", "time s": "eval_seconds"}
-    times = {head: key for head, key in times.items() if any(job.get(key) for job in jobs) or head == "time s"}
+    times = {
+        head: key for head, key in times.items() if any(job.get(key) for job in jobs) or head == "time s"
+    }
     rows = []
     for arm, members in arms.items():
         cells = [_over_runs([job["metrics"].get(key) for job in members]) for key in names]

@@ -116,11 +116,7 @@ class HeldOut(Scores):
         return [b - a for a, b in zip(self.log_probs[before], self.log_probs[after], strict=True)]
 
     def _distinct(self, at: int) -> float | None:
-        pairs = [
-            pair
-            for _, _, text in self.answers[at]
-            for pair in itertools.pairwise(text.split())
-        ]
+        pairs = [pair for _, _, text in self.answers[at] for pair in itertools.pairwise(text.split())]
         return len(set(pairs)) / len(pairs) if pairs else None
 
     # ------------------------------------------------------------------ what a stage keeps, what a run shows

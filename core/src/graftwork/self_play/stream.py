@@ -85,7 +85,10 @@ def held_out_items(job: Job, task: Task, tokenizer: Any) -> list[Item]:
     if task.test is None:
         return []
     items, notes = encode_items(
-        cast(Any, task.test), tokenizer, max_length=_max_length(job.train), what=f"test items of '{task.name}'"
+        cast(Any, task.test),
+        tokenizer,
+        max_length=_max_length(job.train),
+        what=f"test items of '{task.name}'",
     )
     task.notes.extend(notes)
     return items

@@ -39,9 +39,12 @@ def dry_run(spec: JobSpec, variants: Sequence[str] = (), gpus: int = 1) -> None:
     if job.benchmark:
         _describe_evaluation(spec, variants)
         return
+    if job.model.ref.startswith("step:"):
+        _describe_later(spec, variants)
+        return
     run = Run(Path(), job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
     plan = Plan.make(run)
-    if job.data.order:
+    if job.data.order and plan.self_play is None:
         check_per_task(job.per_task, job.data.order)
     model: Any = plan.meta
     if plan.adapter:
@@ -59,13 +62,52 @@ def dry_run(spec: JobSpec, variants: Sequence[str] = (), gpus: int = 1) -> None:
         ("trainable", f"{trainable:,} parameters ({100 * trainable / total:.2f} %)"),
         *_memory(plan, job, trainable, total, gpus),
         ("batch", _batch(job.train, gpus)),
-        ("steps", _steps(job, run, gpus)),
+        *(_self_play(plan, gpus) if plan.self_play else [("steps", _steps(job, run, gpus))]),
     ]
     rows += _options(run, variants)
     rows.append(("train fields", ", ".join(f"{k}={v}" for k, v in job.train.items()) or "all defaults"))
     for task, fields in job.per_task.items():
         rows.append((f"for {task}", ", ".join(f"{k}={v}" for k, v in fields.items())))
     _show(rows)
+
+
+def _describe_later(spec: JobSpec, variants: Sequence[str]) -> None:
+    """Print what is known of a training job whose model an earlier step makes."""
+    run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
+    click.echo(f"\n{spec.arm}")
+    _show(
+        [
+            ("model", f"{spec.job.model.ref} (made by an earlier step, so memory is not known yet)"),
+            ("plugins", ", ".join(spec.job.plugins) or "none"),
+            *_options(run, variants),
+            ("train fields", ", ".join(f"{k}={v}" for k, v in spec.job.train.items()) or "all defaults"),
+        ]
+    )
+
+
+def _self_play(plan: Plan, gpus: int) -> list[tuple[str, str]]:
+    """Return the rows about iterations, players and steps."""
+    assert plan.self_play is not None
+    play, job = plan.self_play[1], plan.run.job
+    answers = (
+        f"{play.samples} answer{'s' if play.samples > 1 else ''} a prompt" if play.samples else "no answers"
+    )
+    limit = int(job.train.get("max_steps", -1))
+    pairs = (job.data.train_items or 0) * max(play.rounds, 1)
+    steps = (
+        f"{limit} per iteration"
+        if limit > 0
+        else f"at most {_of_task(job, '', pairs, gpus)} per iteration (from train_items and rounds)"
+        if pairs
+        else "an iteration's pairs decide"
+    )
+    return [
+        (
+            "self-play",
+            f"{play.options.iterations} iterations of up to {play.players} players and {play.rounds} rounds, {answers}",
+        ),
+        ("steps", steps),
+    ]
 
 
 def _describe_evaluation(spec: JobSpec, variants: Sequence[str]) -> None:
