@@ -142,6 +142,8 @@ class PairTrainer(DPOTrainer):
         )
         try:
             found = self._play.loss(batch)
+        except UserError:
+            raise
         except Exception as error:
             raise PluginError(self._owner, "self_play (loss)", error) from error
         loss = found.rows.mean()

@@ -67,6 +67,8 @@ def pair_up(
             cut += len(samples) - len(kept)
             try:
                 found = _choose(play, item, kept)
+            except UserError:
+                raise
             except Exception as error:
                 raise PluginError(owner, "self_play (choose)", error) from error
             for chosen, rejected in found:
@@ -88,12 +90,13 @@ def pair_up(
     if cut:
         notes.append(f"{cut} answers cut at writing.max_new_tokens are left out")
     if same:
-        what = "left out" if play.options.identical == "drop" else "kept, though nothing is learned from them"
-        notes.append(
-            f"{same} of {same + len(pairs)} pairs are two equal answers, {what}"
-            if play.options.identical == "drop"
-            else f"{same} of {len(pairs)} pairs are two equal answers, {what}"
-        )
+        if play.options.identical == "drop":
+            notes.append(f"{same} of {same + len(pairs)} pairs were two equal answers, and are left out")
+        else:
+            notes.append(
+                f"{same} of {len(pairs)} pairs are two equal answers, from which nothing is learned; "
+                f"identical: drop leaves them out"
+            )
     return pairs, notes
 
 

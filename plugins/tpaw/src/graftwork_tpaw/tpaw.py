@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from graftwork import PairBatch, PairLoss, SelfPlay, hookimpl
+from graftwork.models import load_config
 from graftwork.self_play.options import SelfPlayOptions
 from pydantic import Field, model_validator
 
@@ -14,8 +15,11 @@ from graftwork_tpaw.checks import check_team
 from graftwork_tpaw.loss import TeamTerms, player_weights, team_terms
 
 if TYPE_CHECKING:
+    from graftwork.recipe import Job
     from graftwork.run import Run
 
+# Nats per token by which the same weights differ when they compute the same answer in another batch.
+ROUNDING, HALF_ROUNDING = 1e-4, 2e-3
 # A player with this share of a row's weight has it to itself; warned of where this share of rows is so.
 ALONE, MOST = 0.99, 0.9
 
@@ -42,12 +46,12 @@ class TpawOptions(SelfPlayOptions):
         allow_inf_nan=False,
         description="sharpness of the players' weights; 0: all count the same",
     )
-    tolerance: float = Field(
-        1e-4,
+    tolerance: float | None = Field(
+        None,
         ge=0,
         allow_inf_nan=False,
         description="nats per token by which a target may be likelier and still counts as no likelier, against "
-        "rounding; 0: the formula literally",
+        "rounding; where not set, 1e-4 in float32 and 2e-3 in half precision; 0: the formula literally",
     )
     margin_uses_alpha: bool = Field(
         False,
@@ -71,9 +75,12 @@ class Tpaw:
 
     def __init__(self, options: TpawOptions) -> None:
         self.options = options
+        self.tolerance = ROUNDING if options.tolerance is None else options.tolerance
 
     @hookimpl
     def self_play(self, run: Run) -> SelfPlay:
+        if self.options.tolerance is None and in_half_precision(run.job):
+            self.tolerance = HALF_ROUNDING
         return SelfPlay(
             self.options,
             self.loss,
@@ -98,7 +105,7 @@ class Tpaw:
             scale=options.scale,
             eta=options.eta,
             gamma=options.gamma,
-            tolerance=options.tolerance * batch.chosen_tokens,
+            tolerance=self.tolerance * batch.chosen_tokens,
             margin_uses_alpha=options.margin_uses_alpha,
         )
 
@@ -117,3 +124,14 @@ class Tpaw:
             f"of the weight, so that the team is this one player; a smaller plugins.tpaw.gamma "
             f"({self.options.gamma:g}) or plugins.tpaw.scale ({self.options.scale:g}) weighs more evenly"
         ]
+
+
+def in_half_precision(job: Job) -> bool:
+    """Return whether ``job`` computes in bfloat16 or float16, by its weights or by autocast."""
+    if job.train.get("bf16") or job.train.get("fp16"):
+        return True
+    model = job.model
+    if model.dtype != "auto":
+        return model.dtype != "float32"
+    config = load_config(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
+    return getattr(config, "dtype", None) in (torch.bfloat16, torch.float16)
