@@ -91,7 +91,7 @@ def test_step_time(size: str, peer: str, record: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["lora", "full"])
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_peak_memory(allocator: str, case: str, peer: str, record: Any) -> None:
-    """Two steps of one pair of 1,024 tokens each on SmolLM2-135M's geometry in float32, with gradient checkpointing.
+    """One pair of 1,024 tokens each a step on SmolLM2-135M's geometry in float32, with gradient checkpointing.
 
     With full weights the default DPO trainer has a second model in memory, as a reference.
     """
