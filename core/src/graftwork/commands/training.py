@@ -24,6 +24,8 @@ from graftwork.recipes import locate
 from graftwork.yaml_lines import Document, read
 
 RESULTS = "results.json"
+FEW_NOTES = 6
+"""So many notes on a benchmark's runs are printed; the report has all, run by run."""
 
 
 def train(
@@ -236,8 +238,11 @@ def _tables(results: dict[str, Any], markdown: bool = False) -> None:
         click.echo("\n" + tables.comparison_table([job for job in jobs if not job.get("benchmark")]))
     for benchmark, members in groups.items():
         click.echo(f"\n{benchmark}\n{tables.benchmark_table(members)}")
-        for note in dict.fromkeys(note for job in members for note in job["notes"]):
+        notes = list(dict.fromkeys(note for job in members for note in job["notes"]))
+        for note in notes[:FEW_NOTES]:
             click.echo(f"note: {note}")
+        if len(notes) > FEW_NOTES:
+            click.echo(f"note: {len(notes) - FEW_NOTES} more on single runs stand in the report")
     for job in jobs:
         if job["general"] and len(jobs) <= 8:
             click.echo(f"\n{job['name']}: general ability")
