@@ -91,8 +91,8 @@ def test_every_kind_of_weights_learns(
     # Before its first step the model is the newest player: no margin, and every target weighs eta.
     for event in (first, second):
         assert event["reward/margin"] == pytest.approx(0, abs=1e-4)
-        assert event["boosted/0"] == 1
-    assert second["player weight/0"] + second["player weight/1"] == pytest.approx(1)
+        assert event["boosted/age 0"] == 1
+    assert second["player weight/age 0"] + second["player weight/age 1"] == pytest.approx(1)
     result = json.loads((output / "result.json").read_text())
     assert abs(result["metrics"]["target_drift"]) > 1e-3
 
@@ -130,7 +130,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     # The answers of the first round are the same, whoever wrote them.
     assert pairs(two, 1).column("rejected_ids") == pairs(one, 1).column("rejected_ids")
     for single, double in zip(logs(one), logs(two), strict=True):
-        for key in ("loss", "reward/margin", "boosted/0", "log-probability/target"):
+        for key in ("loss", "reward/margin", "boosted/age 0", "log-probability/target"):
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-4), (key, single, double)
     for name, value in weights_of(one).items():
         torch.testing.assert_close(weights_of(two)[name], value, rtol=1e-3, atol=1e-4)

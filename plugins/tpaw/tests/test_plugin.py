@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
 SHARED = ("log-probability/target", "log-probability/generated")
 REWARDS = ("reward/target", "reward/generated", "reward/margin")
-TEAM = ("player weight/0", "player weight/entropy", "boosted/0")
+TEAM = ("player weight/age 0", "player weight/entropy", "boosted/age 0")
 LOGGED = {
     "tpaw": {*SHARED, *REWARDS, *TEAM},
     "spin": {*SHARED, *REWARDS},
@@ -182,9 +182,9 @@ def test_the_team_grows_and_its_members_are_weighed(play: Play) -> None:
     assert [len(pairs(folder, k)["reference_chosen"][0]) for k in (1, 2, 3)] == [1, 2, 2]
     assert [len(set(pairs(folder, k)["player"])) for k in (1, 2, 3)] == [1, 2, 3]
     alone, two = logs(folder)[0], logs(folder)[4]
-    assert alone["player weight/0"] == 1
+    assert alone["player weight/age 0"] == 1
     assert alone["player weight/entropy"] == 0
-    assert two["player weight/0"] + two["player weight/1"] == pytest.approx(1)
+    assert two["player weight/age 0"] + two["player weight/age 1"] == pytest.approx(1)
     # gamma lambda = 0.05: nearly even on answers of a few tokens.
     assert two["player weight/entropy"] == pytest.approx(math.log(2), abs=0.05)
 
@@ -268,8 +268,8 @@ def test_metrics_are_those_of_the_newest_player() -> None:
     )
     for age in range(3):
         below = given.chosen.detach() - given.reference_chosen[:, age] <= 1e-4 * given.chosen_tokens
-        assert torch.equal(found.metrics[f"boosted/{age}"] == 1, below)
-    shares = torch.stack([found.metrics[f"player weight/{age}"] for age in range(3)])
+        assert torch.equal(found.metrics[f"boosted/age {age}"] == 1, below)
+    shares = torch.stack([found.metrics[f"player weight/age {age}"] for age in range(3)])
     torch.testing.assert_close(found.metrics["player weight/entropy"], -(shares * shares.log()).sum(0))
     assert not any(value.requires_grad for value in found.metrics.values())
 

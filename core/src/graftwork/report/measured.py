@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
+
 from graftwork.report.canvas import WIDTH, grid, legend, name, series, styled, svg
 from graftwork.report.summary import Cells, Job, by_arm, deviation, finite, mean
 from graftwork.report.words import clean
@@ -96,6 +98,8 @@ def line_chart(chart: Mapping[str, Any]) -> str:
                 linewidth=1.6,
             )
             handles.append(handle)
+        if all(x.is_integer() for points in lines.values() for x, _ in points):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel(clean(chart.get("x", "")))
         axis.set_ylabel(clean(chart.get("y", "")))
         legend(figure, handles, [name(key, 40) for key in lines])

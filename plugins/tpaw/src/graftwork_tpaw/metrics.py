@@ -40,7 +40,7 @@ def team(terms: TeamTerms) -> dict[str, torch.Tensor]:
     The entropy of the weights is in nats: log J where all players count the same, 0 where one has all.
     """
     weights, boosted = terms.player_weights, (terms.target_weights > 1).to(terms.player_weights.dtype)
-    found = {f"player weight/{age}": weights[:, age] for age in range(weights.shape[1])}
+    found = {f"player weight/age {age}": weights[:, age] for age in range(weights.shape[1])}
     found["player weight/entropy"] = torch.special.entr(weights).sum(1)
-    found |= {f"boosted/{age}": boosted[:, age] for age in range(weights.shape[1])}
+    found |= {f"boosted/age {age}": boosted[:, age] for age in range(weights.shape[1])}
     return found | rewards(terms.reward_target[:, 0], terms.reward_generated[:, 0])
