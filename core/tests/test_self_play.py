@@ -343,7 +343,7 @@ def test_a_whole_model_among_adapters_is_refused(play: Play, checkpoint: Path) -
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "completion": ""}], "item 0: the answer is empty"),
+        ([{"prompt": "a", "completion": ""}], "training item 0: the answer is empty"),
         ([{"text": "a"}], "has no 'prompt'"),
         ([{"prompt": "a", "completion": "b" * 80}], "no prompt fits train.max_length = 64"),
     ],

@@ -30,6 +30,10 @@ def check_self_play(run: Run, owner: str, play: SelfPlay, adapter: Adapter | Non
     from graftwork.compat.pair_trainer import check_train_fields
 
     where = f"plugin '{owner}'"
+    if run.job.algorithm not in ("sft", "dpo"):
+        raise UserError(
+            f"{where} brings a trainer of its own, so algorithm '{run.job.algorithm}' would not be used; leave it out"
+        )
     if is_encoder_decoder(meta.config):
         raise UserError(
             f"{where}: self-play is for decoder-only models, and this one is an encoder-decoder "

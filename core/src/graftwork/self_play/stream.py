@@ -20,7 +20,7 @@ from graftwork.hookspecs import LineChart, SelfPlay
 from graftwork.recipe import Job, JobSpec
 from graftwork.run import Run
 from graftwork.self_play.held_out import HeldOut
-from graftwork.self_play.items import Item, encode_items
+from graftwork.self_play.items import Item, encode_items, text_of
 from graftwork.self_play.pairs import Pair, load_pairs, pair_up, save_pairs
 from graftwork.self_play.players import Bench, Player, Team
 from graftwork.self_play.scoring import LogProbs, Scorer
@@ -55,7 +55,7 @@ def only_task(tasks: Sequence[Task]) -> Task:
     """Return the one task that self-play learns.
 
     Raises:
-        UserError: there are several, or its items are no prompts with answers.
+        UserError: there are several, or its items are no prompts with answers, or one is empty.
     """
     if len(tasks) != 1:
         names = ", ".join(task.name for task in tasks)
@@ -69,6 +69,12 @@ def only_task(tasks: Sequence[Task]) -> Task:
             raise UserError(
                 f"task '{tasks[0].name}' has no '{key}' (it has: {', '.join(columns)}); self-play learns from "
                 f"prompts with answers"
+            )
+    for index, answer in enumerate(tasks[0].train["completion"]):
+        if not text_of(answer):
+            raise UserError(
+                f"task '{tasks[0].name}', training item {index}: the answer is empty; self-play learns from prompts "
+                f"with answers"
             )
     return tasks[0]
 
