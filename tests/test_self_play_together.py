@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from graftwork.testing.data import tiny_sums
 from graftwork.testing.runs import call_trainer, kill_when, losses
 from safetensors.torch import load_file
 
@@ -47,12 +48,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sums") / "sums"
-    folder.mkdir()
-    for part, numbers in (("train", range(40)), ("test", range(40, 48))):
-        rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in numbers]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return tiny_sums(tmp_path_factory.mktemp("data") / "sums")
 
 
 def words(checkpoint: Path, data: Path, output: Path, weights: str, *more: str) -> list[str]:

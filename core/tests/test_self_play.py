@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from graftwork import UserError
+from graftwork.testing.data import tiny_sums
 from graftwork.testing.packages import install_plugin
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
 from safetensors.torch import load_file, save_file
@@ -95,12 +96,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty sums with their answers to train on, and eight held out."""
-    folder = tmp_path_factory.mktemp("sums") / "sums"
-    folder.mkdir()
-    for part, numbers in (("train", range(40)), ("test", range(40, 48))):
-        rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in numbers]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return tiny_sums(tmp_path_factory.mktemp("data") / "sums")
 
 
 Play = Callable[..., tuple[dict[str, Any], Path]]

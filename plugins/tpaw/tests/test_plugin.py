@@ -15,6 +15,7 @@ from graftwork import PairBatch, PluginError, Sample, UserError
 from graftwork.compat.pair_trainer import PairTrainer
 from graftwork.models import load_model
 from graftwork.plugins import construct
+from graftwork.testing.data import tiny_sums
 from graftwork.testing.models import CONFIGS, tiny_checkpoint, tiny_tokenizer
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
 from graftwork_tpaw import dpo_loss, spin_loss, team_loss
@@ -43,12 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sums") / "sums"
-    folder.mkdir()
-    for part, numbers in (("train", range(24)), ("test", range(24, 30))):
-        rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in numbers]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return tiny_sums(tmp_path_factory.mktemp("data") / "sums", train=24, test=6)
 
 
 @pytest.fixture(scope="module")

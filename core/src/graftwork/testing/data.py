@@ -66,3 +66,12 @@ def tiny_questions(count: int = 12) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def tiny_sums(folder: Path, *, train: int = 40, test: int = 8) -> Path:
+    """Write prompts with one exact answer each (``3+1=``, ``4``) as ``train.jsonl`` and ``test.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, numbers in (("train", range(train)), ("test", range(train, train + test))):
+        rows = [{"prompt": f"{number}+1=", "completion": f"{number + 1}"} for number in numbers]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
