@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,12 +77,12 @@ def let_go() -> None:
 
 def gather(sharded: torch.nn.Module, whole: torch.nn.Module) -> None:
     """Copy the parameters and buffers of ``sharded`` (ZeRO-3) into ``whole``, one at a time, in all processes."""
-    import deepspeed
-
+    # By name, since it need not be installed.
+    zero: Any = importlib.import_module("deepspeed").zero
     into = dict(whole.named_parameters())
     with torch.no_grad():
         for name, parameter in sharded.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
+            with zero.GatheredParameters([parameter]):
                 into[name].copy_(parameter)
             into[name].requires_grad_(parameter.requires_grad)
         buffers = dict(whole.named_buffers())
