@@ -322,16 +322,16 @@ def test_resuming_loses_nothing(policy: str, checkpoint: Path, stream: Path, tmp
     )
     whole = run_tiny(recipe, tmp_path / "a")
     with pytest.MonkeyPatch.context() as patch:
-        from graftwork.train import job
+        from graftwork.train.stream import Stream
 
-        original = job.Stream._write_stage
+        original = Stream._write_stage
 
         def stop(self: Any, task: Any) -> None:
             if task.index == 1:
                 raise KeyboardInterrupt
             original(self, task)
 
-        patch.setattr(job.Stream, "_write_stage", stop)
+        patch.setattr(Stream, "_write_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             run_tiny(recipe, tmp_path / "b")
     assert (tmp_path / "b/stages/current/checkpoint-4").exists()
@@ -414,7 +414,7 @@ def test_time_around_a_task_is_counted_once(
     import importlib
 
     from graftwork.testing.packages import install_plugin
-    from graftwork.train import job
+    from graftwork.train.stream import Stream
 
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install_plugin(tmp_path / "site", "slow", "slow_statistics:Plugin", SLOW_STATISTICS)
@@ -427,7 +427,7 @@ def test_time_around_a_task_is_counted_once(
         train={"save_strategy": "steps", "save_steps": 1, "max_steps": 2},
         evaluate=QUICK,
     )
-    original = job.Stream._write_stage
+    original = Stream._write_stage
 
     def stop(self: Any, task: Any) -> None:
         if task.index == 1:
@@ -435,7 +435,7 @@ def test_time_around_a_task_is_counted_once(
         original(self, task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.Stream, "_write_stage", stop)
+        patch.setattr(Stream, "_write_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             run_tiny(recipe, tmp_path / "run")
     result = run_tiny(recipe, tmp_path / "run", resume=True)

@@ -11,7 +11,7 @@ import torch
 from graftwork import UserError
 from graftwork.testing.models import tiny_model
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
-from graftwork.train import job
+from graftwork.train.stream import Stream
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -105,14 +105,14 @@ def test_resuming_between_tasks_is_exact(
     if policy is None:
         # Stages of full weights are thinned out, so the cut run is stopped instead.
         with pytest.MonkeyPatch.context() as patch:
-            original = job.Stream._learn
+            original = Stream._learn
 
             def stop(self, task):
                 if task.index == 1:
                     raise KeyboardInterrupt
                 original(self, task)
 
-            patch.setattr(job.Stream, "_learn", stop)
+            patch.setattr(Stream, "_learn", stop)
             with pytest.raises(KeyboardInterrupt):
                 run_tiny(recipe, tmp_path / "b")
     else:
@@ -284,7 +284,7 @@ def test_notes_about_the_data_survive_a_resumed_run(stop: str, checkpoint: Path,
         assert sum(f"{name}: {long} of 8 training items" in note for note in whole["notes"]) == 1
         assert sum(f"{name}: 1 test items also stand" in note for note in whole["notes"]) == 1
     cut = {"first stage": "_learn", "second task": "_write_stage", "end": "_finish"}[stop]
-    original = getattr(job.Stream, cut)
+    original = getattr(Stream, cut)
 
     def interrupt(self: Any, *args: Any) -> Any:
         if cut == "_finish" or args[0].index == 1:
@@ -292,7 +292,7 @@ def test_notes_about_the_data_survive_a_resumed_run(stop: str, checkpoint: Path,
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.Stream, cut, interrupt)
+        patch.setattr(Stream, cut, interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_tiny(recipe, tmp_path / "cut")
     assert run_tiny(recipe, tmp_path / "cut", resume=True)["notes"] == whole["notes"]

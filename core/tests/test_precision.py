@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from graftwork.testing.runs import run_tiny, tiny_recipe
-from graftwork.train.job import _Stream
+from graftwork.train.stream import Stream
 from safetensors.torch import load_file
 
 
@@ -19,7 +19,7 @@ def test_adapters_on_half_precision_weights_are_fp32(
 ) -> None:
     """``again``: the second task's adapters are read from the stage of the first."""
     seen: list[dict[str, torch.dtype]] = []
-    learn = _Stream._learn
+    learn = Stream._learn
 
     def watched(self: Any, task: Any) -> None:
         if again and task.index == 1 and len(seen) == 1:
@@ -27,7 +27,7 @@ def test_adapters_on_half_precision_weights_are_fp32(
         learn(self, task)
         seen.append({name: parameter.dtype for name, parameter in self.stack.model.named_parameters()})
 
-    monkeypatch.setattr(_Stream, "_learn", watched)
+    monkeypatch.setattr(Stream, "_learn", watched)
     recipe = tiny_recipe(
         checkpoint,
         stream,

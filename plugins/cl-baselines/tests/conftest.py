@@ -12,8 +12,8 @@ import torch
 from graftwork.testing.data import tiny_stream
 from graftwork.testing.models import tiny_checkpoint, tiny_model
 from graftwork.testing.runs import run_tiny
-from graftwork.train import job
 from graftwork.train.checkpoints import MarkCheckpoints
+from graftwork.train.stream import Stream
 from peft import LoraConfig, PeftModel, get_peft_model
 
 
@@ -79,10 +79,8 @@ def resumes_exactly(
         whole, between, inside = (tmp_path / name for name in ("whole", "between", "inside"))
         expected = run_tiny(recipe, whole)
         with pytest.MonkeyPatch.context() as patch:
-            original = job._Stream._learn
-            patch.setattr(
-                job._Stream, "_learn", lambda self, task: _cut(task.index == 1, original, self, task)
-            )
+            original = Stream._learn
+            patch.setattr(Stream, "_learn", lambda self, task: _cut(task.index == 1, original, self, task))
             with pytest.raises(KeyboardInterrupt):
                 run_tiny(recipe, between)
         with pytest.MonkeyPatch.context() as patch:

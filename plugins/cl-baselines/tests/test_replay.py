@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from graftwork import UserError
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
-from graftwork.train import job
+from graftwork.train import stream as streams
 from graftwork_cl_baselines.replay import Replay, ReplayOptions, draw
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
@@ -104,7 +104,7 @@ def test_a_run_trains_on_old_items(
 ) -> None:
     """The second task's trainer gets its own 16 items and 4 of the first; the state counts as extra."""
     seen = []
-    original = job.compose
+    original = streams.compose
 
     def spy(trainer_class: type) -> type:
         class Watched(original(trainer_class)):
@@ -114,7 +114,7 @@ def test_a_run_trains_on_old_items(
 
         return Watched
 
-    monkeypatch.setattr(job, "compose", spy)
+    monkeypatch.setattr(streams, "compose", spy)
     result = run_tiny(recipe_of(checkpoint, stream, train={"max_steps": 1}), tmp_path / "run")
     assert [len(prompts) for prompts in seen] == [16, 20]
     assert all("Which fruit?" in prompt for prompt in seen[0])
