@@ -139,7 +139,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 PHASES: dict[str, str] = {
     "scoring": "rounds/log-probs/*/*.safetensors",
     "training": "stages/current/checkpoint-2/graftwork.json",
-    "writing in iteration 2": "rounds/iteration-1/written/00002.json",
+    "writing in iteration 2": "rounds/iteration-1/written/00000.json",
 }
 
 
