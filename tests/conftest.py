@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks, learned in the order colour, fruit."""
     return tiny_stream(tmp_path_factory.mktemp("data") / "stream", ("fruit", "colour"), train=32, test=8)
+
+
+@pytest.fixture(scope="session")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where DeepSpeed compiles; kept over runs where the environment names a folder."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(named) if named else tmp_path_factory.mktemp("extensions")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,6 @@ def run(arm: str, extra: list[str], checkpoint: Path, stream: Path, output: Path
 def logs(output: Path) -> list[dict[str, Any]]:
     events = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [event for event in events if event["event"] == "log"]
-
-
-@pytest.fixture(scope="module")
-def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where DeepSpeed compiles; kept over runs where the environment names a folder."""
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(named) if named else tmp_path_factory.mktemp("extensions")
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,13 +178,6 @@ def unbroken(checkpoint: Path, sums: Path, tmp_path_factory: pytest.TempPathFact
 
 
 # ---------------------------------------------------------------------- DeepSpeed
-
-
-@pytest.fixture(scope="module")
-def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where DeepSpeed compiles; kept over runs where the environment names a folder."""
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(named) if named else tmp_path_factory.mktemp("extensions")
 
 
 @pytest.mark.slow

@@ -243,7 +243,7 @@ def test_the_wrong_pairing_is_refused_before_weights_are_read(
     def unread(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("graftwork.train.stream.load_model", unread)
+    monkeypatch.setattr("graftwork.train.stream.load_chosen", unread)
     recipe = tiny_recipe(t5 if kind == "t5" else checkpoint, stream, **changes)
     with pytest.raises(UserError) as caught:
         run_tiny(recipe, tmp_path / "run")

@@ -121,17 +121,22 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> PreTrainedTo
     return tokenizer
 
 
-def load_for_use(options: ModelOptions) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return a model in eval mode, on the accelerator where there is one, and its tokenizer."""
-    import torch
-
-    tokenizer = load_tokenizer(options.ref, trust_remote_code=options.trust_remote_code)
-    model = load_model(
+def load_chosen(options: ModelOptions) -> Any:
+    """Load the model that ``options`` name, as they say, onto the CPU; see :func:`load_model`."""
+    return load_model(
         options.ref,
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def load_for_use(options: ModelOptions) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a model in eval mode, on the accelerator where there is one, and its tokenizer."""
+    import torch
+
+    tokenizer = load_tokenizer(options.ref, trust_remote_code=options.trust_remote_code)
+    model = load_chosen(options)
     device: Any = torch.accelerator.current_accelerator()
     return (model if device is None else model.to(device)).eval(), tokenizer
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from graftwork.compat.trainer import keep_adapter_activity
 from graftwork.errors import PluginError, UserError
+from graftwork.evaluate.encoding import pad_token
 from graftwork.files import write_json_atomic
 from graftwork.hookspecs import PairBatch, PairLoss, SelfPlay
 from graftwork.log_probs import answer_log_probs
@@ -97,15 +99,12 @@ class PairTrainer(DPOTrainer):
         config.remove_unused_columns = False
         # Nothing is computed, see below; it is what tells the trainer that no reference model is needed.
         config.precompute_ref_log_probs = True
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        super().__init__(*args, data_collator=PairCollator(pad), **kwargs)
+        super().__init__(*args, data_collator=PairCollator(pad_token(tokenizer)), **kwargs)
         model: Any = self.model
         if "ref" in getattr(model, "peft_config", {}):
             # A copy of the adapter, made to be the reference.
-            trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-            model.delete_adapter("ref")
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(trains[name])
+            with keep_adapter_activity(model):
+                model.delete_adapter("ref")
         self._sums: dict[str, torch.Tensor] = {}
         self._rows = 0
 

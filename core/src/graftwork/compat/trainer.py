@@ -29,10 +29,11 @@ def loss_is_scaled(trainer: Trainer, num_items_in_batch: Any) -> bool:
 
 @contextlib.contextmanager
 def keep_adapter_activity(model: torch.nn.Module) -> Iterator[None]:
-    """Restore which adapters are active and which parameters train, after the Trainer loaded a checkpoint.
+    """Restore which adapters are active and which parameters train, whatever the block did, or how it ended.
 
-    The Trainer activates only the first adapter and makes all of it trainable, which undoes stacks of
-    adapters and frozen parts of one adapter.
+    Loading a checkpoint, the Trainer activates only the first adapter and makes all of it trainable, which undoes
+    stacks of adapters and frozen parts of one adapter; PEFT does so where an adapter comes or goes. Adapters that
+    the block adds must be gone at its end.
     """
     tuner: Any = getattr(model, "base_model", None)
     if not hasattr(model, "peft_config") or tuner is None:
@@ -40,7 +41,9 @@ def keep_adapter_activity(model: torch.nn.Module) -> Iterator[None]:
         return
     active = list(tuner.active_adapters)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    yield
-    tuner.set_adapter(active)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains[name])
+    try:
+        yield
+    finally:
+        tuner.set_adapter(active)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains[name])

@@ -75,7 +75,7 @@ def score_task(
         raise UserError(f"task '{task.name}': test items need a prompt and an answer to be scored")
     rows: list[dict[str, Any]] = task.test.to_list()
     gold = [row.get("label") or _text(row["completion"]) for row in rows]
-    same = normalise if task.labels else _collapsed
+    same = normalise if task.labels else collapsed
     rank, world = rank_and_world()
     prompts = [rows[index]["prompt"] for index in _share(len(rows), rank, world)]
     decoding = decoding or Decoding()
@@ -196,7 +196,8 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _collapsed(text: str) -> str:
+def collapsed(text: str) -> str:
+    """Return ``text`` with every stretch of blanks and line ends as one blank, none at its ends."""
     return " ".join(text.split())
 
 

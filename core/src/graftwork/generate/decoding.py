@@ -18,7 +18,7 @@ from graftwork.evaluate.modes import evaluating
 from graftwork.generate.paired import PairedLoop, Rows
 from graftwork.generate.passes import BeforeForward, inner_model, watching
 from graftwork.generate.prompts import Prompt
-from graftwork.generate.stopping import FirstLine
+from graftwork.generate.stopping import FirstLine, until_end
 from graftwork.generate.trace import Trace
 from graftwork.hookspecs import Combiner, ForwardPass
 from graftwork.models import is_encoder_decoder
@@ -274,7 +274,7 @@ def decode_tokens(
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     ends = given.get("eos_token_id")
     stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return [_until_end(row, stops) for row in sequences[:, begin:].tolist()]
+    return [until_end(row, stops) for row in sequences[:, begin:].tolist()]
 
 
 def _check_contrasts(combiner: Combiner, prompts: Sequence[Prompt], names: Sequence[str]) -> None:
@@ -324,10 +324,3 @@ def _batch(encoded: list[list[int]], pad: int, *, left: bool = True) -> tuple[to
         ids[row, place] = torch.tensor(tokens)
         mask[row, place] = 1
     return ids, mask
-
-
-def _until_end(tokens: list[int], stops: set[int]) -> list[int]:
-    for place, token in enumerate(tokens):
-        if token in stops:
-            return tokens[: place + 1]
-    return tokens

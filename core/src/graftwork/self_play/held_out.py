@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graftwork.distributed import gather_objects, rank_and_world
+from graftwork.evaluate.answers import collapsed
 from graftwork.generate.decoding import Decoding
 from graftwork.generate.prompts import Prompt
 from graftwork.generate.session import generate
@@ -108,7 +109,7 @@ class HeldOut(Scores):
 
     def _exact(self, at: int) -> list[float]:
         return [
-            float(_plain(text) == _plain(item.target))
+            float(collapsed(text) == collapsed(item.target))
             for (_, _, text), item in zip(self.answers[at], self.held_out_items, strict=True)
         ]
 
@@ -188,10 +189,6 @@ class HeldOut(Scores):
                 {"exact match": [(float(t), _mean(self._exact(t))) for t in stages]},
             ),
         ]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _mean(values: Sequence[float]) -> float:

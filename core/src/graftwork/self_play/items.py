@@ -10,6 +10,7 @@ from typing import Any
 
 from graftwork.errors import UserError
 from graftwork.evaluate.encoding import encode_prompt
+from graftwork.generate.stopping import until_end
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def _encode(row: Mapping[str, Any], tokenizer: Any, index: int, where: str) -> I
             asked, answer = _chat(tokenizer, row, asked)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return Item(index, row["prompt"], target, asked, _until(answer, tokenizer.eos_token_id))
+    end = tokenizer.eos_token_id
+    # A template may write on after the end, such as a line break: no player does.
+    return Item(index, row["prompt"], target, asked, until_end(answer, () if end is None else (end,)))
 
 
 def _chat(tokenizer: Any, row: Mapping[str, Any], asked: list[int]) -> tuple[list[int], list[int]]:
@@ -102,9 +105,3 @@ def _chat(tokenizer: Any, row: Mapping[str, Any], asked: list[int]) -> tuple[lis
             "answers would begin differently; use data.prompt: plain, or another template"
         )
     return asked, whole[len(asked) :]
-
-
-def _until(tokens: Sequence[int], end: int | None) -> list[int]:
-    """Cut what a template writes after the end of the answer, such as a line break: no player writes it."""
-    tokens = list(tokens)
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens

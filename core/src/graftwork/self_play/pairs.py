@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 
 from graftwork.errors import PluginError, UserError
 from graftwork.hookspecs import Sample, SelfPlay
 from graftwork.self_play.items import Item
-from graftwork.self_play.tables import read_table, write_table
+from graftwork.self_play.tables import write_table
 from graftwork.self_play.writing import Round
 
 PAIRS = {
@@ -122,7 +123,7 @@ def save_pairs(path: Path, pairs: Sequence[Pair], chosen: Any, rejected: Any) ->
 
 def load_pairs(path: Path) -> Dataset:
     """Return the data set that :func:`save_pairs` wrote."""
-    return Dataset(read_table(path))
+    return Dataset(pq.read_table(path))
 
 
 def _choose(

@@ -16,7 +16,7 @@ import torch
 
 from graftwork.errors import UserError
 from graftwork.files import sha256, write_json_atomic
-from graftwork.models import load_config, load_model, resolve
+from graftwork.models import load_chosen, load_config, resolve
 from graftwork.train.checkpoints import read_json
 
 if TYPE_CHECKING:
@@ -73,10 +73,6 @@ class Team:
         self._known[name] = checkpoint
         self.players.append(Player(index, name, folder, checkpoint))
 
-    def knows(self, name: str) -> bool:
-        """Return whether a player of that name took part already, maybe before the run was resumed."""
-        return name in self._known
-
     def write(self) -> None:
         write_json_atomic(self.folder / PLAYERS, self._known)
 
@@ -112,12 +108,10 @@ class Bench:
             yield seat
 
     def _whole(self, player: Player) -> Any:
-        model = load_model(
-            str(player.folder) if player.folder else self.options.ref,
-            dtype="auto" if player.folder else self.options.dtype,
-            attn_implementation=self.options.attn_implementation,
-            trust_remote_code=self.options.trust_remote_code,
-        )
+        options = self.options
+        if player.folder:
+            options = options.model_copy(update={"ref": str(player.folder), "dtype": "auto"})
+        model = load_chosen(options)
         return model.to(self.stack.model.device).eval()
 
 

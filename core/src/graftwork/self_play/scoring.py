@@ -6,17 +6,18 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from graftwork.distributed import barrier
 from graftwork.evaluate.modes import evaluating
+from graftwork.files import write_bytes_atomic
 from graftwork.log_probs import answer_log_probs
 from graftwork.self_play.parts import in_parts
 
@@ -98,8 +99,6 @@ class LogProbs:
         self.folder = folder
         self.run = run
         self.scorer = scorer
-        self.forwards = 0
-        """Sequences scored by this process, for the count of what a method costs."""
 
     def has(self, checkpoint: str, sequences: Sequences) -> bool:
         return self._path(checkpoint, sequences).exists()
@@ -117,13 +116,11 @@ class LogProbs:
 
             def make(number: int) -> list[float]:
                 some = sequences[number * PART : (number + 1) * PART]
-                self.forwards += len(some)
                 return self.scorer(model, some, bar.update)
 
             found = in_parts(parts, -(-len(sequences) // PART), make)
         if self.run.main:
-            with _aside(path) as building:
-                save_file({"log_probs": torch.tensor(found, dtype=torch.float32)}, building)
+            write_bytes_atomic(path, save({"log_probs": torch.tensor(found, dtype=torch.float32)}))
             shutil.rmtree(parts)
         barrier()
 
@@ -134,10 +131,3 @@ class LogProbs:
 def digest(value: Any) -> str:
     """Return the SHA-256 of ``value`` as JSON."""
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    building = path.with_suffix(".building")
-    yield building
-    building.replace(path)

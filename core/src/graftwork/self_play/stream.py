@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +15,7 @@ from graftwork.distributed import barrier
 from graftwork.errors import PluginError, UserError
 from graftwork.evaluate.encoding import pad_token
 from graftwork.files import atomic_folder, write_json_atomic
+from graftwork.generate.stopping import end_tokens
 from graftwork.hookspecs import LineChart, SelfPlay
 from graftwork.recipe import Job, JobSpec
 from graftwork.run import Run
@@ -124,31 +124,34 @@ class SelfPlayStream(Stream):
         # A sketch of updates tells how tasks disturb each other; iterations are one task.
         self.updates = Updates(False)
         self._items: list[Item] | None = None
+        self._known: Team | None = None
 
     # ------------------------------------------------------------------ the data of an iteration
 
     def dataset(self, task: Task) -> Dataset:
         """Return the pairs of the iteration, made now or found complete."""
-        started = time.perf_counter()
-        if self._items is None:
-            found, notes = encode_items(
-                cast(Any, super().dataset(task)),
-                self.tokenizer,
-                max_length=self.max_length,
-                what=f"training items of '{self.job.data.source}'",
-            )
-            self._items = found
-            if task.index == 0:
-                task.notes.extend(notes)
-                for note in notes:
-                    self.console.say(f"note: {note}")
-        team = self._team(task.index)
         path = self.rounds_folder / task.name / "pairs.parquet"
-        if not path.exists():
-            self._make_pairs(task, team, path)
+        with self._statistics():
+            self._read_items(task)
+            team = self._team(task.index)
+            if not path.exists():
+                self._make_pairs(task, team, path)
         task.notes.extend((read_json(path.with_name(NOTES)) or {}).get("notes", []))
-        self.statistics_seconds += time.perf_counter() - started
         return load_pairs(path)
+
+    def _read_items(self, task: Task) -> None:
+        if self._items is not None:
+            return
+        self._items, notes = encode_items(
+            cast(Any, super().dataset(task)),
+            self.tokenizer,
+            max_length=self.max_length,
+            what=f"training items of '{self.job.data.source}'",
+        )
+        if task.index == 0:
+            task.notes.extend(notes)
+            for note in notes:
+                self.console.say(f"note: {note}")
 
     def _make_pairs(self, task: Task, team: Team, path: Path) -> None:
         assert self._items is not None
@@ -164,7 +167,6 @@ class SelfPlayStream(Stream):
         if self.run.main:
             write_json_atomic(path.with_name(NOTES), {"notes": notes})
             save_pairs(path, pairs, chosen, rejected)
-            team.write()
         barrier()
 
     def _rounds(self, team: Team, bench: Bench, newest: Player) -> list[Round]:
@@ -183,7 +185,7 @@ class SelfPlayStream(Stream):
                         self._items,
                         writer=self._writer(),
                         seat=lambda player=player: seat(player),
-                        ends=self._ends(),
+                        ends=end_tokens(self.stack.model, self.tokenizer),
                     )
                 )
             seat(newest)
@@ -204,11 +206,6 @@ class SelfPlayStream(Stream):
             return writer(options, self.tokenizer)
         return BatchedWriter(self.run, self.tokenizer, options)
 
-    def _ends(self) -> set[int]:
-        ends = self.stack.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        return set(ends if isinstance(ends, list) else [ends])
-
     def _references(
         self,
         players: Sequence[Player],
@@ -225,7 +222,7 @@ class SelfPlayStream(Stream):
         kept = LogProbs(
             self.rounds_folder / "log-probs",
             self.run,
-            scorer_for(self.run, self.tokenizer, self.job.train),
+            self.held_out.scorer,
         )
         wanted = {
             player: [name for name, one in groups.items() if not kept.has(player.checkpoint, one)]
@@ -263,8 +260,23 @@ class SelfPlayStream(Stream):
     # ------------------------------------------------------------------ players
 
     def _team(self, index: int) -> Team:
-        """Return all players that there are before iteration ``index`` (from 0)."""
-        team = Team(self.rounds_folder, self.play.options.team)
+        """Return all players that there are before iteration ``index`` (from 0); each is looked at once."""
+        if self._known is None:
+            self._known = Team(self.rounds_folder, self.play.options.team)
+            self._take_in_start(self._known, index)
+        team = self._known
+        there = {player.index for player in team.players}
+        for number in range(1, index + 1):
+            name = self.tasks[number - 1].name
+            folder = stage_folder(self.run, number - 1, name) / "model"
+            if number not in there and (number > index - self.kept_models or folder.exists()):
+                team.add(number, name, folder)
+        if self.run.main:
+            team.write()
+        return team
+
+    def _take_in_start(self, team: Team, index: int) -> None:
+        """Take in the model at the start; of an adapter, the state that it was made with."""
         if self.plan.adapter is not None:
             folder = self.rounds_folder / START / "model"
             if self.run.main and not folder.exists():
@@ -272,18 +284,9 @@ class SelfPlayStream(Stream):
                     self.stack.save(building)
             barrier()
             team.add(0, START, folder)
-        elif index == 0:
-            team.add(0, START, None, weights=self.stack.model)
         else:
-            team.add(0, START, None)
-        for number in range(1, index + 1):
-            name = self.tasks[number - 1].name
-            folder = stage_folder(self.run, number - 1, name) / "model"
-            if number > index - self.kept_models or folder.exists():
-                team.add(number, name, folder)
-        if self.run.main:
-            team.write()
-        return team
+            # Later on, what was noted of it counts: the model in memory has learned.
+            team.add(0, START, None, weights=self.stack.model if index == 0 else None)
 
     # ------------------------------------------------------------------ training
 

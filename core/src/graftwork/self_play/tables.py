@@ -19,8 +19,3 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]], types: Mapping
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     write_bytes_atomic(path, buffer.getvalue())
-
-
-def read_table(path: Path) -> pa.Table:
-    """Read what :func:`write_table` wrote."""
-    return pq.read_table(path)

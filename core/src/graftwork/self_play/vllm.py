@@ -20,8 +20,9 @@ from urllib.parse import urlparse
 
 import torch
 
-from graftwork.errors import UserError
+from graftwork.errors import UserError, first_line
 from graftwork.evaluate.encoding import encode_prompt
+from graftwork.generate.stopping import end_tokens
 
 if TYPE_CHECKING:
     from graftwork.hookspecs import Adapter
@@ -166,7 +167,7 @@ class VllmWriter:
             raise
         except Exception as error:
             # TRL raises bare exceptions with the server's reply in them.
-            raise UserError(f"the vLLM server at {self.url} {what}: {_first_line(error)}") from error
+            raise UserError(f"the vLLM server at {self.url} {what}: {first_line(error)}") from error
 
 
 @dataclass
@@ -198,18 +199,13 @@ class RoundWriter:
             temperature=options.temperature,
             top_p=options.top_p,
             seed=seed,
-            ends=self._ends(model),
+            ends=sorted(end_tokens(model, self.tokenizer)),
             progress=progress,
         )
         return [
             (tokens, str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip())
             for tokens, _ in answers
         ]
-
-    def _ends(self, model: Any) -> list[int]:
-        ends = model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 # ---------------------------------------------------------------------- weights as the server names them
@@ -369,10 +365,6 @@ def _client(url: str) -> Any:
         raise UserError(f"no vLLM server answers at {url}; start one on another GPU: {START}") from None
     except Exception as error:
         raise UserError(
-            f"the vLLM server at {url} cannot be used ({_first_line(error)}); start it so: {START}"
+            f"the vLLM server at {url} cannot be used ({first_line(error)}); start it so: {START}"
         ) from error
     return client
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

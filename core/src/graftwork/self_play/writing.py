@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from graftwork.distributed import barrier
 from graftwork.errors import PluginError, UserError
@@ -21,7 +22,7 @@ from graftwork.self_play.items import Item
 from graftwork.self_play.options import WritingOptions
 from graftwork.self_play.parts import in_parts
 from graftwork.self_play.players import Player
-from graftwork.self_play.tables import read_table, write_table
+from graftwork.self_play.tables import write_table
 
 if TYPE_CHECKING:
     from graftwork.run import Run
@@ -88,8 +89,12 @@ def asked(prompt: Any, template: str | None) -> Prompt:
     """Return the prompt as a player gets it: the data's form, or its text put into ``template``."""
     if template is None:
         return Prompt(prompt)
-    text = prompt if isinstance(prompt, str) else "\n\n".join(str(message["content"]) for message in prompt)
-    return Prompt(template.replace("{prompt}", text))
+    return Prompt(template.replace("{prompt}", _text(prompt)))
+
+
+def _text(prompt: Any) -> str:
+    """Return the text of a prompt: its own, or that of its messages."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(str(message["content"]) for message in prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +189,6 @@ def _save(
     for sample, seed in zip(samples, seeds, strict=True):
         number = numbers.get(sample.item, 0)
         numbers[sample.item] = number + 1
-        prompt = sample.prompt
         values = {
             "item": sample.item,
             "sample": number,
@@ -192,7 +196,7 @@ def _save(
             "checkpoint": player.checkpoint,
             "seed": seed,
             "finish": "end" if sample.ended else "length",
-            "prompt": prompt if isinstance(prompt, str) else "\n\n".join(str(m["content"]) for m in prompt),
+            "prompt": _text(sample.prompt),
             "target": sample.target,
             "text": sample.text,
             "score": sample.score,
@@ -205,7 +209,7 @@ def _save(
 
 
 def _load(path: Path, player: Player, items: Sequence[Item]) -> Round:
-    columns = read_table(path).to_pydict()
+    columns = pq.read_table(path).to_pydict()
     prompts = {item.index: item for item in items}
     samples = [
         Sample(item, prompts[item].prompt, prompts[item].target, text, tokens, finish == "end", score)

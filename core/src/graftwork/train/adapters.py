@@ -14,7 +14,8 @@ from peft import PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 
-from graftwork.errors import UserError, did_you_mean
+from graftwork.compat.trainer import keep_adapter_activity
+from graftwork.errors import UserError, did_you_mean, first_line
 from graftwork.hookspecs import Adapter
 from graftwork.models import is_encoder_decoder
 
@@ -140,22 +141,26 @@ class AdapterStack:
             UserError: one of them does not fit the model.
         """
         active = list(self.model.base_model.active_adapters)
-        trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        try:
-            for name, folder in folders.items():
-                try:
-                    self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-                except (RuntimeError, ValueError, KeyError) as error:
-                    first = str(error).strip().splitlines()[0]
-                    raise UserError(f"adapter '{folder}' does not fit this model: {first}") from error
-            yield lambda name: self.model.base_model.set_adapter(active if name is None else [name])
-        finally:
-            self.model.base_model.set_adapter(active)
-            for name in folders:
-                if name in self.model.peft_config:
-                    self.model.delete_adapter(name)
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(trains[name])
+
+        def use(name: str | None) -> None:
+            self.model.base_model.set_adapter(active if name is None else [name])
+
+        with keep_adapter_activity(self.model):
+            try:
+                for name, folder in folders.items():
+                    try:
+                        self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+                    except (RuntimeError, ValueError, KeyError) as error:
+                        raise UserError(
+                            f"adapter '{folder}' does not fit this model: {first_line(error)}"
+                        ) from error
+                yield use
+            finally:
+                # None of those that go may be the active one.
+                use(None)
+                for name in folders:
+                    if name in self.model.peft_config:
+                        self.model.delete_adapter(name)
 
     def save(self, folder: Path) -> None:
         """Save all adapters (or the full model) below ``folder`` in Hugging Face formats."""

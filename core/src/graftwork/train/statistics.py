@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from graftwork.distributed import rank_and_world, sum_over_ranks
 from graftwork.errors import UserError
+from graftwork.evaluate.encoding import pad_token
 from graftwork.evaluate.modes import evaluating
+from graftwork.self_play.scoring import pad_batch
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -82,17 +84,14 @@ class ChosenAnswers:
 
     def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return ``input_ids``, ``attention_mask`` and ``labels`` (b x l), filled up on the right."""
-        wide = max(len(row["input_ids"]) for row in rows)
-
-        def filled(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([[*row[key], *[value] * (wide - len(row[key]))] for row in rows])
-
-        mask = torch.tensor([[int(place < len(row["input_ids"])) for place in range(wide)] for row in rows])
-        return {
-            "input_ids": filled("input_ids", self.pad),
-            "attention_mask": mask,
-            "labels": filled("labels", -100),
-        }
+        begins = [row["labels"].count(-100) for row in rows]
+        answers = [
+            (row["input_ids"][:begin], row["input_ids"][begin:])
+            for row, begin in zip(rows, begins, strict=True)
+        ]
+        batch = pad_batch(answers, self.pad)
+        answered = batch.pop("completion_mask").bool()
+        return {**batch, "labels": batch["input_ids"].masked_fill(~answered, -100)}
 
 
 def trained_rows(trainer: Trainer) -> Any:
@@ -101,8 +100,7 @@ def trained_rows(trainer: Trainer) -> Any:
     columns = getattr(dataset, "column_names", None) or ()
     if "chosen_ids" not in columns:
         return dataset
-    pad = getattr(trainer.processing_class, "pad_token_id", None)
-    return ChosenAnswers(dataset, 0 if pad is None else pad)
+    return ChosenAnswers(dataset, pad_token(trainer.processing_class))
 
 
 def attended(batch: Batch) -> torch.Tensor:

@@ -20,7 +20,7 @@ from graftwork.data.tasks import Task
 from graftwork.distributed import barrier
 from graftwork.errors import UserError
 from graftwork.files import atomic_folder, write_json_atomic
-from graftwork.models import load_model
+from graftwork.models import load_chosen, load_model
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
 from graftwork.train import deepspeed
@@ -95,13 +95,7 @@ class Stream:
 
     def _base(self) -> Any:
         """Load the model that the job names."""
-        model = self.job.model
-        return load_model(
-            model.ref,
-            dtype=model.dtype,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-        ).to(self.device)
+        return load_chosen(self.job.model).to(self.device)
 
     # ------------------------------------------------------------------ one task
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from graftwork import UserError
+from graftwork.errors import first_line
 from graftwork.evaluate.answer_metrics import exact_match, f1
 from graftwork.models import load_tokenizer, resolve
 
@@ -115,7 +116,7 @@ def _config(ref: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"the reward '{ref}' cannot be read ({_first_line(error)}); {WANTED}") from error
+        raise UserError(f"the reward '{ref}' cannot be read ({first_line(error)}); {WANTED}") from error
     if config.num_labels != 1:
         raise UserError(f"the reward model '{ref}' has {config.num_labels} outputs; {WANTED}")
     return config
@@ -130,13 +131,7 @@ def _load(ref: str) -> Any:
             resolve(ref).path, config=config, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the reward model '{ref}' cannot be read ({_first_line(error)}); {WANTED}"
-        ) from error
+        raise UserError(f"the reward model '{ref}' cannot be read ({first_line(error)}); {WANTED}") from error
     if report["missing_keys"]:
         raise UserError(f"the reward model '{ref}' has no trained '{min(report['missing_keys'])}'; {WANTED}")
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
