@@ -88,7 +88,7 @@ class QuantizeOptions(BaseModel):
     activation_symmetric: bool = Field(False, description="the same of activations")
     convention: Convention = Field(
         "largest-level",
-        description="the largest value is a level (as GPTQ's line has it), or lies half a level above the last "
+        description="the largest value is a level, or lies half a level above the last "
         "(half-range, as compressed-tensors has it)",
     )
     clip: Literal["none", "mse"] = Field(
