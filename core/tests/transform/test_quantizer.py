@@ -133,7 +133,13 @@ def test_tokens_are_rounded_as_compressed_tensors_rounds_them(bits, symmetric, d
 def test_rounding_what_was_rounded_changes_nothing(scheme, seed, dtype):
     first = quantize_weight(draw(seed, dtype=dtype), scheme)
     again = quantize_with(first.dequantized(), first.scale, first.zero, scheme)
-    assert torch.equal(again, first.codes)
+    # bfloat16 is wrong by up to 1/256 of a value, which is half a step from 128 steps on.
+    zero = 0 if first.zero is None else first.zero.repeat_interleave(scheme.group or 24, dim=1)
+    fine = torch.ones_like(again, dtype=torch.bool)
+    if dtype == torch.bfloat16:
+        fine = (first.codes.int() - zero).abs() <= 128
+    assert torch.equal(again[fine], first.codes[fine])
+    assert ((again.int() - first.codes).abs() <= 1).all()
 
 
 @settings(max_examples=40, deadline=None)
