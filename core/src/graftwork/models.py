@@ -11,6 +11,7 @@ Weights are read from safetensors and GGUF only. A checkpoint that exists only a
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import re
@@ -114,6 +115,7 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> PreTrainedTo
     source = resolve(ref)
     if source.adapter and not (Path(source.path) / "tokenizer_config.json").exists():
         return load_tokenizer(_adapter_config(source)["base_model_name_or_path"])
+    _know_compressed(source)
     with _sentences(ref):
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
@@ -160,6 +162,7 @@ def load_config(ref: str, *, inline: dict[str, Any] | None = None, trust_remote_
         source = resolve(ref)
         if source.adapter:
             return load_config(_adapter_config(source)["base_model_name_or_path"])
+        _know_compressed(source)
         with _sentences(ref):
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     if not trust_remote_code and type(config) not in auto_class(config)._model_mapping:
@@ -220,6 +223,13 @@ def _folder(ref: str, path: Path) -> Source:
             )
         raise UserError(f"model folder '{ref}' has no weights (*.safetensors)")
     return Source(ref, path)
+
+
+def _know_compressed(source: Source) -> None:
+    """Teach transformers our layout of compressed models, where the model may be one (a hub's can only be asked)."""
+    config = Path(source.path) / "config.json"
+    if source.folder is None or (config.is_file() and '"graftwork-compressed"' in config.read_text("utf-8")):
+        importlib.import_module("graftwork.transform.loading")
 
 
 def _adapter_config(source: Source) -> dict[str, Any]:

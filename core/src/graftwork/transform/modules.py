@@ -183,9 +183,12 @@ class CompressedLinear(nn.Module):
                 f"rotation of {len(rotation.signs)} by {rotation.block} for a weight {self._size()}"
             )
         self.rotation_block = 0 if rotation is None else rotation.block
-        self.rotation_signs = None if rotation is None else rotation.signs.to(torch.int8)
+        # Copies: linears that share a rotation are stored one by one, and may be on several devices.
+        self.rotation_signs = None if rotation is None else rotation.signs.detach().to(torch.int8, copy=True)
         orthogonal = None if rotation is None else rotation.orthogonal
-        self.rotation_orthogonal = None if orthogonal is None else orthogonal.detach().float()
+        self.rotation_orthogonal = (
+            None if orthogonal is None else orthogonal.detach().to(torch.float32, copy=True)
+        )
         return self
 
     def corrected(self, correction: tuple[Tensor, Tensor] | None) -> CompressedLinear:
