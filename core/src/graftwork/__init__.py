@@ -20,6 +20,7 @@ from graftwork.hookspecs import (
     Sample,
     SelfPlay,
     TrainingAlgorithm,
+    WeightTransform,
     hookimpl,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "SelfPlay",
     "TrainingAlgorithm",
     "UserError",
+    "WeightTransform",
     "hookimpl",
 ]

@@ -49,7 +49,7 @@ _gpus = click.option(
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="graftwork", prog_name="trainer")
 def cli(debug: bool) -> None:
-    """Train, evaluate and generate with research papers as plugins.
+    """Train, transform, evaluate and generate with research papers as plugins.
 
     \b
     trainer plugins list
@@ -85,6 +85,25 @@ def train(**options: Any) -> None:
     from graftwork.commands.training import train
 
     sys.exit(train(**options))
+
+
+@cli.command()
+@_model
+@_plugin
+@_set
+@_output
+@_resume
+@_versions
+@_dry
+def transform(**options: Any) -> None:
+    """Change a model's weights layer by layer, and write a checkpoint.
+
+    \b
+    trainer transform --model smollm2-135m --plugin NAME --set transform.calibration=FILE
+    """
+    from graftwork.commands.training import transform
+
+    sys.exit(transform(**options))
 
 
 @cli.command()

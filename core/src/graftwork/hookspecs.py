@@ -23,6 +23,10 @@ Order of the calls in a training run::
                -> load_state (when resuming inside the task)
                -> (batch_begin, training)* -> task_end -> evaluation -> save_state
     -> charts
+
+and in a transform::
+
+    check -> weight_transforms -> prepare -> begin -> per layer: block of every transform
 """
 
 from __future__ import annotations
@@ -46,6 +50,9 @@ if TYPE_CHECKING:
     from graftwork.evaluate.benchmarks import Evaluation
     from graftwork.run import Run
     from graftwork.self_play.options import SelfPlayOptions
+    from graftwork.transform.block import Block
+    from graftwork.transform.outer import Outer
+    from graftwork.transform.whole import Whole
 
 PROJECT = "graftwork"
 ENTRY_POINT_GROUP = "graftwork.plugins"
@@ -290,6 +297,36 @@ class Benchmark:
     options: type[BaseModel] | None = None
 
 
+@dataclass(frozen=True)
+class WeightTransform:
+    """A change of a model's weights, made one decoder layer at a time by ``trainer transform``.
+
+    The transforms of all plugins see a layer one after another, in ``--plugin`` order; then the next layer
+    gets the activations that the changed one lets through.
+
+    Attributes:
+        name: for messages and the report.
+        block: changes one layer (``block.module``) in place.
+        needs: how much of the model must be alive. ``"none"``: the weights of one layer; ``"activations"``: also
+            what calibration texts give that layer as inputs; ``"end_to_end"``: the whole model, for ``prepare``.
+        dense: whether the layer's inputs and outputs in the unchanged model are kept, too.
+        begin: changes embedding, final norm and head, before the first layer.
+        prepare: called once with the whole model; what it returns is kept and is ``block.prepared`` later.
+        restore: from hidden states between layers to those of the unchanged model, where ``begin`` moved the
+            residual stream into another basis.
+        figures: what ``block.record`` is given, in words; the means become metrics of these names.
+    """
+
+    name: str
+    block: Callable[[Block], None]
+    needs: Literal["none", "activations", "end_to_end"] = "activations"
+    dense: bool = False
+    begin: Callable[[Outer], None] | None = None
+    prepare: Callable[[Whole], Mapping[str, torch.Tensor]] | None = None
+    restore: Callable[[torch.Tensor], torch.Tensor] | None = None
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+
 class GraftworkHooks:
     """The hook specifications. ``run`` is a :class:`graftwork.run.Run` everywhere."""
 
@@ -419,6 +456,12 @@ class GraftworkHooks:
 
         The plugin need not take part in the run: its benchmarks then measure the model without it.
         """
+
+    # ---------------------------------------------------------------- changing weights
+
+    @hookspec
+    def weight_transforms(self, run: Run) -> Sequence[WeightTransform] | None:
+        """Return changes of a model's weights. Those of all plugins are made layer by layer, in order."""
 
     # ---------------------------------------------------------------- data
 

@@ -1,9 +1,10 @@
 """The recipe: what a run is made of, as YAML with ``--set dotted.key=value`` on top.
 
 A recipe holds the settings that all its steps share (``model``, ``data``, ``adapter``, ``plugins``,
-``algorithm``, ``train``, ``per_task``, ``evaluate``, ``seed``), the ``steps`` (each with its own overrides),
-``repeat`` (settings to vary, such as seeds and task orders), ``sizes`` (named sets of overrides) and
-``expect`` (the claims that the results must show). A recipe without steps is one training job.
+``algorithm``, ``train``, ``per_task``, ``evaluate``, ``benchmark``, ``transform``, ``seed``), the ``steps`` (each
+with its own overrides), ``repeat`` (settings to vary, such as seeds and task orders), ``sizes`` (named sets of
+overrides) and ``expect`` (the claims that the results must show). A recipe without steps is one job. A step with
+``benchmark`` measures, one with ``transform`` changes weights, every other trains.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pydantic import (
 from graftwork import yaml_lines
 from graftwork.data.options import DataOptions
 from graftwork.errors import UserError, did_you_mean
+from graftwork.transform.options import TransformOptions
 from graftwork.validation import first_problem, problem_path
 
 SHARED_KEYS = (
@@ -41,6 +43,7 @@ SHARED_KEYS = (
     "per_task",
     "evaluate",
     "benchmark",
+    "transform",
     "seed",
 )
 RECIPE_KEYS = ("title", "steps", "repeat", "sizes", "expect")
@@ -114,7 +117,7 @@ class EvaluateOptions(BaseModel):
 
 
 class Job(BaseModel):
-    """One training job, or one evaluation job where it has a benchmark, with every setting resolved."""
+    """One training job, evaluation job (with a benchmark) or transform job, with every setting resolved."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -137,15 +140,28 @@ class Job(BaseModel):
     benchmark: dict[str, Any] | None = Field(
         None, description="name of a benchmark and its options: measure the model instead of training it"
     )
+    transform: TransformOptions | None = Field(
+        None, description="change the weights instead of training, and write a checkpoint"
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="seed of data, weights and order")
 
     @model_validator(mode="before")
     @classmethod
     def _needs_no_tasks(cls, settings: Any) -> Any:
-        """A benchmark brings its own data."""
-        if isinstance(settings, dict) and settings.get("benchmark") and "data" not in settings:
+        """A benchmark brings its own data, and a transform reads texts."""
+        if not isinstance(settings, dict) or "data" in settings:
+            return settings
+        if settings.get("benchmark") or settings.get("transform") is not None:
             return {**settings, "data": {"source": "none"}}
         return settings
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Job:
+        if self.benchmark is not None and self.transform is not None:
+            raise ValueError(
+                "a step measures (benchmark) or changes weights (transform), not both; set one of them to null"
+            )
+        return self
 
     @field_validator("benchmark")
     @classmethod
@@ -343,11 +359,12 @@ def _check_earlier(jobs: Sequence[JobSpec], frame: RecipeFrame, document: yaml_l
 
 
 def _find_beside(settings: dict[str, Any], folder: Path) -> None:
-    """Let ``train.deepspeed`` name a file from the recipe's own folder, where it is there."""
-    train = settings.get("train")
-    value = train.get("deepspeed") if isinstance(train, dict) else None
-    if isinstance(value, str) and (folder / value).is_file():
-        settings["train"] = {**settings["train"], "deepspeed": str((folder / value).resolve())}
+    """Let the sections' ``deepspeed`` name a file from the recipe's own folder, where it is there."""
+    for key in ("train", "transform"):
+        section = settings.get(key)
+        value = section.get("deepspeed") if isinstance(section, dict) else None
+        if isinstance(value, str) and (folder / value).is_file():
+            settings[key] = {**settings[key], "deepspeed": str((folder / value).resolve())}
 
 
 def _with_size(document: yaml_lines.Document, size: str | None) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""``trainer train``, ``trainer run`` and ``trainer report``."""
+"""``trainer train``, ``trainer transform``, ``trainer run`` and ``trainer report``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,21 @@ def train(
     settings = {"model": model, "data": data, "algorithm": algorithm}
     recipe = expand(Document(settings, {}, "train"), sets=sets, plugins=plugins)
     return _execute(recipe, "train", output, resume, allow_other_versions, dry_run, gpus)
+
+
+def transform(
+    model: str,
+    plugins: Sequence[str],
+    sets: Sequence[str],
+    output: str | None,
+    resume: bool,
+    allow_other_versions: bool,
+    dry_run: bool,
+) -> int:
+    """Run one transform job made from flags."""
+    settings = {"model": model, "transform": {}}
+    recipe = expand(Document(settings, {}, "transform"), sets=sets, plugins=plugins)
+    return _execute(recipe, "transform", output, resume, allow_other_versions, dry_run, None)
 
 
 def run(
@@ -109,6 +124,11 @@ def _execute(
         quiet_libraries()
         for arm in recipe.arms:
             variants = [spec for spec in recipe.jobs if spec.arm == arm]
+            if variants[0].job.transform is not None:
+                from graftwork.transform.job import describe as describe_transform
+
+                describe_transform(variants[0], [spec.variant for spec in variants])
+                continue
             count = gpus or int(os.environ.get("WORLD_SIZE", "1"))
             describe(variants[0], [spec.variant for spec in variants], count)
         return 0
@@ -133,13 +153,19 @@ def _execute(
 
 
 def _metrics(recipe: Recipe) -> list[str]:
-    """Return the names of all metrics that the recipe's benchmarks measure."""
-    first = {spec.arm: spec for spec in reversed(recipe.jobs) if spec.job.benchmark}
-    if not first:
-        return []
-    from graftwork.evaluate.job import metric_names
+    """Return the names of all metrics that the recipe's benchmarks and transforms measure."""
+    first = {spec.arm: spec for spec in reversed(recipe.jobs)}
+    names: list[str] = []
+    for spec in first.values():
+        if spec.job.benchmark:
+            from graftwork.evaluate.job import metric_names
 
-    return list(dict.fromkeys(name for spec in first.values() for name in metric_names(spec)))
+            names += metric_names(spec)
+        elif spec.job.transform is not None:
+            from graftwork.transform.job import metric_names as transform_metrics
+
+            names += transform_metrics(spec)
+    return list(dict.fromkeys(names))
 
 
 def _run_jobs(
@@ -174,8 +200,10 @@ def _run_jobs(
 def _check(spec: JobSpec) -> None:
     from graftwork.evaluate.job import check_evaluation
     from graftwork.train.job import check_job
+    from graftwork.transform.job import check_transform
 
-    (check_evaluation if spec.job.benchmark else check_job)(spec)
+    check = check_evaluation if spec.job.benchmark else check_job
+    (check if spec.job.transform is None else check_transform)(spec)
 
 
 def _one(spec: JobSpec, folder: Path, console: Console, resume: bool, allow: bool) -> dict[str, Any]:
@@ -184,6 +212,10 @@ def _one(spec: JobSpec, folder: Path, console: Console, resume: bool, allow: boo
     from graftwork.train.job import run_job
 
     run = run_evaluation if spec.job.benchmark else run_job
+    if spec.job.transform is not None:
+        from graftwork.transform.job import run_transform
+
+        run = run_transform
     result = run(spec, folder, console=console, resume=resume, allow_other_versions=allow)
     losses = [
         {

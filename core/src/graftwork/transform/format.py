@@ -205,9 +205,7 @@ def activation_obstacle(activations: Mapping[str, Any] | None) -> str | None:
     scheme = ActivationScheme.model_validate(activations)
     if scheme.ratio != 1:
         return f"within {scheme.ratio:g} of their range"
-    if not scheme.symmetric:
-        return "with a zero point"
-    if scheme.convention != "half-range":
+    if scheme.symmetric and scheme.convention != "half-range":
         return f"by the convention '{scheme.convention}', not 'half-range'"
     return None
 

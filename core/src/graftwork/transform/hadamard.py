@@ -1,8 +1,8 @@
 """Hadamard matrices of many sizes, and fast products with them.
 
-Orders are built from Sylvester's doubling, from Paley's two constructions over the field of ``q`` elements (``q + 1`` for a
-prime power ``q`` that is 3 modulo 4, ``2 (q + 1)`` where it is 1), and from Kronecker products of these. A
-matrix here is orthonormal: entries are ``1 / sqrt(n)`` or ``-1 / sqrt(n)``.
+Orders are built from Sylvester's doubling, from Paley's two constructions over the field of ``q`` elements
+(``q + 1`` for a prime power ``q`` that is 3 modulo 4, ``2 (q + 1)`` where it is 1), and from Kronecker products of
+these. A matrix here is orthonormal: entries are ``1 / sqrt(n)`` or ``-1 / sqrt(n)``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class WeightScheme(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: int = Field(4, ge=2, le=FULL)
+    bits: int = Field(default=4, ge=2, le=FULL)
     group: int | None = Field(None, ge=1)
     symmetric: bool = True
     convention: Convention = "largest-level"
@@ -50,10 +50,10 @@ class ActivationScheme(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: int = Field(8, ge=2, le=FULL)
+    bits: int = Field(default=8, ge=2, le=FULL)
     symmetric: bool = False
     convention: Convention = "largest-level"
-    ratio: float = Field(1.0, gt=0, le=1)
+    ratio: float = Field(default=1.0, gt=0, le=1)
 
     @property
     def rounds(self) -> bool:
@@ -65,7 +65,7 @@ class KVScheme(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: int = Field(8, ge=2, le=FULL)
+    bits: int = Field(default=8, ge=2, le=FULL)
     rotate_keys: bool = False
 
     @property
@@ -79,12 +79,15 @@ class QuantizeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     scheme: str = Field(
-        "W4A16", description="bits of weights, activations and KV cache: W4A16, W4A4, W2A4KV16; 16 rounds nothing"
+        "W4A16",
+        description="bits of weights, activations and KV cache: W4A16, W4A4, W2A4KV16; 16 rounds nothing",
     )
     group: int | None = Field(
         None, ge=1, description="values of a weight's row that share a scale; one scale per row if not set"
     )
-    symmetric: bool = Field(True, description="weights: levels lie around zero; else each scale has a zero point")
+    symmetric: bool = Field(
+        True, description="weights: levels lie around zero; else each scale has a zero point"
+    )
     activation_symmetric: bool = Field(False, description="the same of activations")
     convention: Convention = Field(
         "largest-level",
@@ -94,7 +97,9 @@ class QuantizeOptions(BaseModel):
     clip: Literal["none", "mse"] = Field(
         "none", description="mse: narrow each range to where the rounding error is least"
     )
-    activation_ratio: float = Field(1.0, gt=0, le=1, description="share of a token's range that is kept")
+    activation_ratio: float = Field(
+        default=1.0, gt=0, le=1, description="share of a token's range that is kept"
+    )
 
     @field_validator("scheme")
     @classmethod

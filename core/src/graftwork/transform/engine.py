@@ -1,0 +1,457 @@
+"""The pass through a model, layer by layer: read, transform, measure, write, go on with what the layer now gives.
+
+At any moment one layer is in memory, with the hidden states of the calibration and evaluation texts before it (in
+memory or on disk). After each layer its file, the hidden states behind it and the progress are on disk, so that a
+run that was cut off goes on with the next layer and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftwork.console import Console
+from graftwork.errors import PluginError, UserError
+from graftwork.files import write_json_atomic
+from graftwork.hookspecs import WeightTransform
+from graftwork.transform import figures
+from graftwork.transform.activations import Stream
+from graftwork.transform.block import Block
+from graftwork.transform.format import (
+    Format,
+    Layout,
+    check_change,
+    combine,
+    describe_layer,
+    layer_tensors,
+    layout_of,
+)
+from graftwork.transform.modules import CompressedLinear
+from graftwork.transform.outer import Outer, OuterWeights, set_tied
+from graftwork.transform.scheme import KVScheme
+from graftwork.transform.source import Source, fill
+from graftwork.transform.structure import find_layers, first_tensor, leave, linears
+from graftwork.transform.whole import Whole
+from graftwork.transform.writer import Writer
+
+PROGRESS = "progress.json"
+
+
+@dataclass
+class LayerRecord:
+    """What was measured of one layer.
+
+    ``error`` is the squared error of the layer's output on the first batch, relative to the output's square;
+    flatness as in :func:`graftwork.transform.figures.flatness`; ``bits`` of all that is stored of its linears,
+    ``parameters`` of the linears before.
+    """
+
+    name: str
+    error: float | None = None
+    weights_flatness: tuple[float, float] | None = None
+    inputs_flatness: tuple[float, float] | None = None
+    bits: int = 0
+    parameters: int = 0
+    seconds: float = 0.0
+    linears: dict[str, dict[str, float | str]] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What a pass through the model found.
+
+    Attributes:
+        layers: one record per layer.
+        nll: mean negative log-likelihood per token of every evaluation window, after the change.
+        dense_nll: the same of the unchanged model; empty where it was not asked for.
+        calibration_nll: the mean over the calibration windows, after the change.
+        notes: sentences for the user.
+        config: of the changed model.
+        quantization: the config's ``quantization_config``; None for a plain checkpoint.
+    """
+
+    layers: list[LayerRecord]
+    nll: list[float]
+    dense_nll: list[float]
+    calibration_nll: float | None
+    notes: list[str]
+    config: Any
+    quantization: dict[str, Any] | None = None
+
+
+@dataclass
+class Texts:
+    """Token ids (windows x window) for calibration and evaluation; evaluation texts of one window size in a row."""
+
+    calibration: torch.Tensor | None = None
+    evaluation: torch.Tensor | None = None
+
+
+class Engine:
+    """Pass a model through an ordered list of transforms.
+
+    Args:
+        source: where the weights come from.
+        transforms: (plugin, transform) in order.
+        texts: token ids.
+        batch_size: windows that go through a layer together.
+        in_memory: whether hidden states are in memory between layers.
+        work: folder for files, hidden states and progress; None keeps nothing.
+        format: of what is written.
+        seed: of the run.
+        dense: whether the unchanged model is evaluated, too.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transforms: Sequence[tuple[str, WeightTransform]],
+        texts: Texts,
+        *,
+        batch_size: int = 4,
+        in_memory: bool = True,
+        work: Path | None = None,
+        format: Format = "auto",
+        seed: int = 0,
+        dense: bool = True,
+        console: Console | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.source, self.transforms, self.texts = source, list(transforms), texts
+        self.work, self.seed = work, seed
+        self.format: Format = format
+        self.console = console or Console(enabled=False)
+        self.device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.batch_size = batch_size
+        self.model = source.skeleton()
+        self.layers_name, self.layers = find_layers(self.model)
+        self.writer = Writer(work, len(self.layers)) if work is not None else None
+        self.records: list[LayerRecord] = []
+        self.descriptions: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.kv: KVScheme | None = None
+        self.prepared: dict[str, Mapping[str, torch.Tensor]] = {}
+        self.outer = OuterWeights(self.model, source, self.device)
+        self._kept: dict[str, torch.Tensor] = {}
+        hidden = work / "hidden" if work is not None else None
+
+        def stream(name: str, windows: torch.Tensor | None) -> Stream | None:
+            if windows is None:
+                return None
+            return Stream(name, windows, batch_size, folder=hidden, in_memory=in_memory, device=self.device)
+
+        any_dense = any(transform.dense for _, transform in self.transforms)
+        self.calibration = stream("calibration", texts.calibration)
+        self.dense_calibration = stream("dense-calibration", texts.calibration) if any_dense else None
+        self.evaluation = stream("evaluation", texts.evaluation)
+        self.dense_evaluation = stream("dense-evaluation", texts.evaluation) if dense else None
+
+    # ------------------------------------------------------------ the pass
+
+    def run(self) -> Outcome:
+        """Pass the model through the transforms and return what was found; files are in ``work``.
+
+        Raises:
+            UserError: anything wrong with the input.
+            PluginError: a plugin failed.
+        """
+        done = self._resumed()
+        self._prepare()
+        self._begin(done)
+        with self.console.bar(len(self.layers), "transform", "layer") as bar:
+            bar.update(done)
+            for index in range(done, len(self.layers)):
+                started = time.perf_counter()
+                self._layer(index, bar.set_postfix_str)
+                self.records[-1].seconds = time.perf_counter() - started
+                self._commit(index + 1)
+                bar.update(1)
+        return self._finish()
+
+    def _layer(self, index: int, tell: Callable[[str], Any]) -> None:
+        name = f"{self.layers_name}.{index}"
+        module = copy.deepcopy(self.layers[index])
+        fill(module, name, self.source, self.device)
+        module.requires_grad_(False)
+
+        def run(hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+            return first_tensor(module(hidden, **kwargs))
+
+        tell("unchanged")
+        if self.dense_evaluation is not None:
+            self.dense_evaluation.compute(run)
+        if self.dense_calibration is not None:
+            self.dense_calibration.compute(run, keep=True)
+        block = Block(
+            index,
+            len(self.layers),
+            name,
+            module,
+            self.model,
+            inputs=self.calibration,
+            dense=self.dense_calibration,
+            console=self.console,
+        )
+        record = LayerRecord(name, parameters=sum(one.weight.numel() for one in linears(module).values()))
+        before = self._measured(block, restored=True)
+        for plugin, transform in self.transforms:
+            tell(transform.name)
+            self._transform(block, plugin, transform)
+        after = self._measured(block, restored=False)
+        record.weights_flatness = (before.weights, after.weights)
+        if before.inputs is not None and after.inputs is not None:
+            record.inputs_flatness = (before.inputs, after.inputs)
+        if before.output is not None and after.output is not None:
+            record.error = figures.relative_error(before.output, after.output)
+        record.linears = block.records
+        self.notes += block.notes
+        self._same_kv(block)
+        tell("passed on")
+        for stream in (self.calibration, self.evaluation):
+            if stream is not None:
+                stream.compute(run)
+        record.bits = self._written(index, name, module)
+        self.records.append(record)
+        for stream in self._streams():
+            stream.step()
+
+    def _transform(self, block: Block, plugin: str, transform: WeightTransform) -> None:
+        block.seed = self.seed * 1_000_003 + block.index
+        block.prepared = self.prepared.get(plugin, {})
+        torch.manual_seed(block.seed)
+        _guarded(plugin, f"weight_transforms ({transform.name})", partial(transform.block, block))
+        block.module.requires_grad_(False)
+
+    def _written(self, index: int, name: str, module: torch.nn.Module) -> int:
+        """Write a layer's file; return the bits of all that is stored of its linears."""
+        self.descriptions.append(describe_layer(name, module))
+        own = {
+            child
+            for child, one in module.named_modules()
+            if isinstance(one, CompressedLinear | torch.nn.Linear)
+        }
+        tensors = layer_tensors(name, module, self._layout_with(index))
+        if self.writer is not None:
+            self.writer.write(index + 1, tensors)
+        return sum(
+            8 * tensor.numel() * tensor.element_size()
+            for key, tensor in tensors.items()
+            if key.removeprefix(f"{name}.").rpartition(".")[0] in own
+        )
+
+    def _layout_with(self, index: int) -> Layout:
+        """Return how layer ``index`` is stored; what was written before it must be readable with it."""
+        layout = layout_of(combine(self.descriptions, self.kv, self.format))
+        if index:
+            check_change(layout_of(combine(self.descriptions[:-1], self.kv, self.format)), layout)
+        return layout
+
+    # ------------------------------------------------------------ before the first layer and after the last
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def _streams(self) -> list[Stream]:
+        streams = (self.calibration, self.dense_calibration, self.evaluation, self.dense_evaluation)
+        return [stream for stream in streams if stream is not None]
+
+    def _prepare(self) -> None:
+        """Let transforms that need the whole model learn from it, or read what they learned before the cut."""
+        for number, (plugin, transform) in enumerate(self.transforms):
+            if transform.prepare is None:
+                continue
+            path = self.work / f"prepared-{number}.safetensors" if self.work is not None else None
+            if path is not None and path.is_file():
+                self.prepared[plugin] = load_file(path)
+                continue
+            if self.texts.calibration is None:
+                raise UserError(f"plugin '{plugin}' learns from calibration texts; set transform.calibration")
+            whole = Whole(
+                self.source.whole().to(self.device),
+                self.texts.calibration,
+                self.batch_size,
+                self.seed,
+                self.console,
+            )
+            torch.manual_seed(self.seed)
+            hook = f"weight_transforms ({transform.name})"
+            found = dict(_guarded(plugin, hook, partial(transform.prepare, whole)))
+            tensors = {key: value.detach().to("cpu").contiguous() for key, value in found.items()}
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_suffix(".part")
+                save_file(tensors, aside)
+                aside.replace(path)
+            self.prepared[plugin] = tensors
+
+    def _begin(self, done: int) -> None:
+        """Embed all texts, or go on before layer ``done``; write embedding, final norm and head."""
+        outer = self.outer
+        outer.load(outer.before)
+        for stream in (self.dense_calibration, self.dense_evaluation):
+            if stream is not None:
+                stream.start(self.model, done)
+        begins = [(plugin, one.name, one.begin) for plugin, one in self.transforms if one.begin is not None]
+        if begins:
+            outer.load(outer.after)
+            seen = Outer(self.model)
+            for plugin, name, begin in begins:
+                _guarded(plugin, f"weight_transforms ({name})", partial(begin, seen))
+        for stream in (self.calibration, self.evaluation):
+            if stream is not None:
+                stream.start(self.model, done)
+        for number, names in ((0, outer.before), (len(self.layers) + 1, outer.after)):
+            if self.writer is not None and done and self.writer.has(number):
+                continue
+            tensors = outer.tensors(names, bool(begins))
+            if self.writer is not None:
+                self.writer.write(number, tensors)
+            else:
+                self._kept |= tensors
+        outer.drop()
+
+    def _finish(self) -> Outcome:
+        dense_nll: list[float] = []
+        if self.dense_evaluation is not None:
+            changed = self.config.get_text_config().tie_word_embeddings
+            set_tied(self.config, self.source.config.get_text_config().tie_word_embeddings)
+            self.outer.load(self.outer.for_logits())
+            dense_nll = self._nll(self.dense_evaluation)
+            self.outer.drop()
+            set_tied(self.config, changed)
+        stored = self._kept
+        if self.writer is not None:
+            stored = {**self.writer.read(0), **self.writer.read(len(self.layers) + 1)}
+        self.outer.load(self.outer.for_logits(), stored)
+        nll = self._nll(self.evaluation) if self.evaluation is not None else []
+        calibration = self._nll(self.calibration) if self.calibration is not None else []
+        self.outer.drop()
+        return Outcome(
+            self.records,
+            nll,
+            dense_nll,
+            math.fsum(calibration) / len(calibration) if calibration else None,
+            self.notes,
+            self.config,
+            combine(self.descriptions, self.kv, self.format),
+        )
+
+    def _nll(self, stream: Stream) -> list[float]:
+        """Return the mean negative log-likelihood per predicted token of every window."""
+        found: list[float] = []
+        with self.console.bar(len(stream), f"score {stream.name}", "batch") as bar:
+            for number, ids in enumerate(stream.ids):
+                hidden = stream.now.get(number).to(self.device)
+                # Window by window: logits are the largest tensors of all.
+                for row, window in zip(hidden, ids.to(self.device), strict=True):
+                    logits = leave(self.model, row[None])[0, :-1].float()
+                    found.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+                bar.update(1)
+        return found
+
+    # ------------------------------------------------------------ figures
+
+    def _measured(self, block: Block, *, restored: bool) -> _Measured:
+        """Measure a layer on the first batch there is: calibration, else evaluation."""
+        stream = self.calibration or self.evaluation
+        weights = figures.weights_flatness(block.module)
+        if stream is None:
+            return _Measured(weights)
+        hidden, kwargs = stream.get(0)
+        if restored:
+            hidden = self._restored(hidden)
+        seen: dict[str, torch.Tensor] = {}
+
+        def see(name: str) -> Callable[..., None]:
+            def hook(module: Any, arguments: tuple[Any, ...]) -> None:
+                rotation = getattr(module, "rotation", None)
+                seen[name] = arguments[0] if rotation is None else rotation(arguments[0])
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(see(name))
+            for name, module in block.module.named_modules()
+            if isinstance(module, torch.nn.Linear | CompressedLinear)
+        ]
+        try:
+            with torch.no_grad():
+                output = block.run(hidden, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _Measured(
+            weights, figures.inputs_flatness(seen), output if restored else self._restored(output)
+        )
+
+    def _restored(self, hidden: torch.Tensor) -> torch.Tensor:
+        for _, transform in reversed(self.transforms):
+            if transform.restore is not None:
+                hidden = transform.restore(hidden)
+        return hidden
+
+    def _same_kv(self, block: Block) -> None:
+        if block.index and block.kv != self.kv:
+            raise UserError(
+                f"'{block.name}' rounds its keys and values otherwise than the layers before it; one KV scheme "
+                f"serves all layers"
+            )
+        self.kv = block.kv
+
+    # ------------------------------------------------------------ progress
+
+    def _commit(self, done: int) -> None:
+        if self.work is None:
+            return
+        state = {
+            "layers": done,
+            "records": [asdict(record) for record in self.records],
+            "descriptions": self.descriptions,
+            "notes": self.notes,
+            "kv": self.kv.model_dump() if self.kv is not None else None,
+        }
+        write_json_atomic(self.work / PROGRESS, state)
+        for stream in self._streams():
+            stream.clean()
+
+    def _resumed(self) -> int:
+        """Return how many layers are done, with what is known of them."""
+        path = self.work / PROGRESS if self.work is not None else None
+        if path is None or not path.is_file():
+            if self.work is not None and (self.work / "hidden").is_dir():
+                shutil.rmtree(self.work / "hidden")
+            return 0
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.records = [LayerRecord(**record) for record in state["records"]]
+        self.descriptions, self.notes = state["descriptions"], state["notes"]
+        self.kv = KVScheme.model_validate(state["kv"]) if state["kv"] is not None else None
+        return int(state["layers"])
+
+
+@dataclass(frozen=True)
+class _Measured:
+    weights: float
+    inputs: float | None = None
+    output: torch.Tensor | None = None
+
+
+def _guarded(plugin: str, hook: str, call: Callable[[], Any]) -> Any:
+    """Call a plugin; what it raises carries its name."""
+    try:
+        return call()
+    except (UserError, PluginError):
+        raise
+    except Exception as error:
+        raise PluginError(plugin, hook, error) from error

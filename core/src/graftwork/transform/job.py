@@ -1,0 +1,233 @@
+"""Run one transform job of a recipe: change a model's weights, write the checkpoint, measure before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwork import memory
+from graftwork.console import Console
+from graftwork.errors import UserError
+from graftwork.files import write_json_atomic
+from graftwork.hookspecs import WeightTransform
+from graftwork.models import load_config, load_tokenizer
+from graftwork.plugins import Plugins
+from graftwork.recipe import Job, JobSpec
+from graftwork.run import Run
+from graftwork.train.checkpoints import read_json
+from graftwork.transform import limits
+from graftwork.transform.calibration import Windows, read_windows
+from graftwork.transform.engine import Engine, Outcome, Texts
+from graftwork.transform.format import checkpoint_config
+from graftwork.transform.metrics import measurement, metric_words
+from graftwork.transform.options import TransformOptions
+from graftwork.transform.source import CheckpointSource, Source
+from graftwork.transform.writer import Writer
+
+WORK = "work"
+MODEL = "model"
+DETAILS = "transform.json"
+
+
+@dataclass
+class Prepared:
+    """All that is known before the first weight is read."""
+
+    run: Run
+    options: TransformOptions
+    transforms: list[tuple[str, WeightTransform]]
+    source: Source
+    windows: Windows
+    need: limits.Need
+
+
+def transforms_of(run: Run) -> list[tuple[str, WeightTransform]]:
+    """Return the weight transforms of the plugins of ``run``, in order, each with its plugin's name.
+
+    Raises:
+        UserError: there are none.
+    """
+    found: list[tuple[str, WeightTransform]] = []
+    for plugin, transforms in run.plugins.call("weight_transforms", run=run):
+        found += [(plugin, transform) for transform in transforms]
+    if not found:
+        named = ", ".join(run.plugins) or "none"
+        raise UserError(
+            f"no plugin of this run transforms weights (hook weight_transforms; plugins: {named}); name one that does "
+            f"with --plugin"
+        )
+    return found
+
+
+def metric_names(spec: JobSpec) -> list[str]:
+    """Return what a job may measure."""
+    run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
+    options = spec.job.transform or TransformOptions.model_validate({})
+    return list(metric_words(transforms_of(run), len(options.evaluation)))
+
+
+def check_transform(spec: JobSpec) -> None:
+    """Refuse what can be refused before weights are read.
+
+    Raises:
+        UserError: anything wrong with the job, its texts, its checkpoint, or a bound on memory that cannot be kept to.
+    """
+    prepare(spec, Path(), Console(enabled=False))
+
+
+def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
+    """Read configs, headers and texts; choose how to run."""
+    job = spec.job
+    run = Run(directory, job, Plugins.from_options(job.plugins, where=f"{spec.where}: "), console=console)
+    options = job.transform or TransformOptions.model_validate({})
+    run.plugins.call("check", run=run)
+    transforms = transforms_of(run)
+    if any(t.needs != "none" for _, t in transforms) and options.calibration is None:
+        plugin = next(name for name, t in transforms if t.needs != "none")
+        raise UserError(
+            f"plugin '{plugin}' looks at activations, and no calibration text is set; set "
+            f"transform.calibration=FILE (or random, to try)"
+        )
+    trust = job.model.trust_remote_code
+    source = open_source(job, options)
+    config = load_config(job.model.ref, trust_remote_code=trust)
+    tokenizer = load_tokenizer(job.model.ref, trust_remote_code=trust)
+    windows = read_windows(options, tokenizer, config, job.seed)
+    size = limits.sizes(source.skeleton(), source.dtype)
+
+    def need(batch_size: int, in_memory: bool) -> limits.Need:
+        return limits.need(
+            size,
+            options,
+            calibration=windows.calibration.numel() if windows.calibration is not None else 0,
+            evaluation=sum(one.numel() for one in windows.evaluation),
+            dense=any(t.dense for _, t in transforms),
+            statistics=sum(t.needs != "none" for _, t in transforms),
+            whole=any(t.prepare is not None for _, t in transforms),
+            batch_size=batch_size,
+            in_memory=in_memory,
+        )
+
+    wanted = need(options.batch_size, options.activations != "disk")
+    return Prepared(run, options, transforms, source, windows, limits.fitted(wanted, options, need))
+
+
+def open_source(job: Job, options: TransformOptions) -> Source:
+    """Return where the weights come from: the files, or a model that DeepSpeed has partitioned."""
+    return CheckpointSource(
+        job.model.ref, dtype=job.model.dtype, trust_remote_code=job.model.trust_remote_code
+    )
+
+
+def run_transform(
+    spec: JobSpec,
+    directory: Path,
+    *,
+    console: Console,
+    resume: bool = False,
+    allow_other_versions: bool = False,
+) -> dict[str, Any]:
+    """Run one transform job in ``directory`` and return its result, which is also written there.
+
+    Raises:
+        UserError: anything wrong with the input.
+    """
+    job = spec.job
+    finished = read_json(directory / "result.json")
+    if finished is not None and resume:
+        run = Run(directory, job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
+        run.open(resume=True, allow_other_versions=allow_other_versions)
+        return dict(finished)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (job.transform and job.transform.deepspeed):
+        raise UserError(
+            f"step '{spec.arm}' streams a checkpoint in one process; start it without torchrun, or set "
+            f"transform.deepspeed"
+        )
+    memory.reset_peak()
+    started = time.perf_counter()
+    ready = prepare(spec, directory, console)
+    work = directory / WORK
+    if not work.exists():
+        limits.check_disk(ready.need, directory)
+    console.say(f"{spec.arm}: {limits.words(ready.need)}")
+    with ready.run.locked():
+        ready.run.open(resume=resume, allow_other_versions=allow_other_versions)
+        outcome = engine_of(ready, work).run()
+        size = _finish(ready, work, directory / MODEL, outcome)
+        found = measurement(ready, outcome)
+        write_json_atomic(directory / DETAILS, {"layers": [asdict(one) for one in outcome.layers]})
+        result = {
+            "name": spec.arm,
+            "variant": spec.variant,
+            "seed": job.seed,
+            "plugins": job.plugins,
+            "order": [],
+            "scores": [],
+            "general": {},
+            "charts": [],
+            **found,
+            "metrics": {
+                **found["metrics"],
+                "size_mb": round(size / 1e6, 3),
+                "seconds": round(time.perf_counter() - started, 3),
+            },
+            "eval_seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": memory.peak_bytes(),
+            "output": MODEL,
+        }
+        write_json_atomic(ready.run.result_path, result)
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def engine_of(ready: Prepared, work: Path | None) -> Engine:
+    """Return the engine for a job."""
+    windows = ready.windows
+    evaluation = torch.cat(windows.evaluation) if windows.evaluation else None
+    return Engine(
+        ready.source,
+        ready.transforms,
+        Texts(windows.calibration, evaluation),
+        batch_size=ready.need.batch_size,
+        in_memory=ready.need.in_memory,
+        work=work,
+        format=ready.options.format,
+        seed=ready.run.seed,
+        console=ready.run.console,
+    )
+
+
+def describe(spec: JobSpec, variants: Sequence[str]) -> None:
+    """Print what a job would do and need; nothing but configs, headers and texts is read."""
+    import click
+
+    ready = prepare(spec, Path(), Console(enabled=False))
+    names = ", ".join(
+        f"{plugin} ({t.name})" if t.name != plugin else plugin for plugin, t in ready.transforms
+    )
+    click.echo(f"{spec.arm}: {spec.job.model.ref} through {names}")
+    if len(variants) > 1:
+        click.echo(f"  {len(variants)} variants: {', '.join(variants)}")
+    click.echo(f"  {limits.words(ready.need)}")
+    for part, count in ready.need.parts.items():
+        click.echo(f"    {count / limits.GIB:8.2f} GiB  {part}")
+    for note in ready.windows.notes:
+        click.echo(f"  note: {note}")
+
+
+def _finish(ready: Prepared, work: Path, target: Path, outcome: Outcome) -> int:
+    """Make the files the model; return the bytes of its weights."""
+    source: Any = ready.source
+    fields = json.loads(outcome.config.to_json_string())
+    fields["dtype"] = str(ready.source.dtype).removeprefix("torch.")
+    config = checkpoint_config({**fields, "quantization_config": outcome.quantization})
+    writer = Writer(work, len(outcome.layers))
+    return writer.finish(target, config, getattr(source, "folder", None))

@@ -1,0 +1,103 @@
+"""Write a checkpoint layer by layer: the files grow in a work folder, which becomes the model when all are there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from graftwork.errors import UserError
+from graftwork.files import atomic_folder, write_bytes_atomic, write_json_atomic
+from graftwork.transform.format import index_name
+from graftwork.transform.source import header
+
+# What else of a model's folder belongs to it: tokenizer, chat template, generation settings.
+_BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+)
+
+
+class Writer:
+    """Files of a checkpoint in ``work``: one for the embedding, one per layer, one for final norm and head."""
+
+    def __init__(self, work: Path, layers: int) -> None:
+        self.work = work
+        self._count = layers + 2
+
+    def write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write file ``number`` (0: embedding; 1 ...: layers; last: norm and head), whole or not at all.
+
+        Raises:
+            UserError: the place cannot be written, or the disk is full.
+        """
+        # Two names of one tensor would be stored twice; safetensors refuses them.
+        values = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        try:
+            write_bytes_atomic(self._path(number), save(values, metadata={"format": "pt"}))
+        except SafetensorError as error:
+            raise UserError(f"'{self._path(number)}' cannot be written: {error}") from None
+
+    def read(self, number: int) -> dict[str, torch.Tensor]:
+        """Return what file ``number`` holds."""
+        return load_file(self._path(number))
+
+    def has(self, number: int) -> bool:
+        """Return whether file ``number`` is there."""
+        return self._path(number).is_file()
+
+    def finish(self, target: Path, config: Mapping[str, Any], beside: Path | None) -> int:
+        """Put index, config and what lies ``beside`` the old model to the files; they become ``target``.
+
+        Returns:
+            The bytes of all weights.
+
+        Raises:
+            UserError: the place cannot be written, or the disk is full.
+        """
+        places: dict[str, str] = {}
+        total = 0
+        for number in range(self._count):
+            path = self._path(number)
+            for name, entry in header(path).items():
+                places[name] = path.name
+                total += entry["data_offsets"][1] - entry["data_offsets"][0]
+        try:
+            with atomic_folder(target) as folder:
+                for number in range(self._count):
+                    os.link(self._path(number), folder / self._path(number).name)
+                write_json_atomic(folder / "config.json", config)
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+                write_json_atomic(folder / index_name(config), index)
+                for path in _beside(beside):
+                    shutil.copyfile(path, folder / path.name)
+        except FileExistsError:
+            raise UserError(f"'{target}' is there already; name another --output") from None
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else error.strerror or str(error)
+            raise UserError(f"'{target}' cannot be written: {reason}") from None
+        return total
+
+    def _path(self, number: int) -> Path:
+        return self.work / f"model-{number + 1:05d}-of-{self._count:05d}.safetensors"
+
+
+def _beside(folder: Path | None) -> list[Path]:
+    """Return what lies beside a model's weights and belongs to it."""
+    if folder is None:
+        return []
+    return sorted({path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()})
