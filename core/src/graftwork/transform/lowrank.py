@@ -1,8 +1,8 @@
 """A weight as a product of two thin matrices, nearest to it plainly or in what it does to its inputs.
 
 With ``H = sum x x^T = L L^T`` (``L``: the whitener), the squared error of the outputs over all tokens is
-``tr(D H D^T) = |D L|^2`` for ``D = W - W^``. So the best ``W^`` of rank ``r`` is the truncated singular value decomposition of
-``W L``, times ``L^-1``, and its error is the sum of the squared singular values that were cut off.
+``tr(D H D^T) = |D L|^2`` for ``D = W - W^``. So the best ``W^`` of rank ``r`` is the truncated singular value
+decomposition of ``W L``, times ``L^-1``, and its error is the sum of the squared singular values that were cut off.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def rank_for(ratio: float, rows: int, columns: int, name: str = "") -> int:
     if rank < 1:
         least = (rows + columns) / (rows * columns)
         raise UserError(
-            f"ratio {ratio:g} leaves '{name}' ({rows} x {columns}) a rank of {rank}; the ratio must be {least:.3g} or more"
+            f"ratio {ratio:g} leaves '{name}' ({rows} x {columns}) a rank of {rank}; the ratio must be "
+            f"{least:.3g} or more"
         )
     return min(rank, rows, columns)
 
@@ -39,8 +40,8 @@ def whitener(moments: Tensor, *, damp: float = 0.0, name: str = "") -> Tensor:
     """Return the lower Cholesky factor (in x in, float64) of the second moments ``sum x x^T``.
 
     ``damp`` times the mean of their diagonal is added to it. Where there is no factor even so, ``-lambda + 1e-6`` is,
-    too (or 1e-6 of the mean diagonal, if numbers are so large that 1e-6 is lost), with ``lambda`` the smallest
-    eigenvalue: few tokens leave directions without any input.
+    too, with ``lambda`` the smallest eigenvalue: few tokens leave directions without any input. It is 1e-6 of the
+    mean diagonal where that is less than one, or so large that 1e-6 is lost in it.
 
     Raises:
         UserError: the moments hold NaN or infinity, are all zero, or have an eigenvalue so negative that they are no
@@ -60,7 +61,7 @@ def whitener(moments: Tensor, *, damp: float = 0.0, name: str = "") -> Tensor:
         return factor
     least = float(torch.linalg.eigvalsh(damped)[0])
     if mean > 0 and least > -LIFT * mean:
-        for lift in (LIFT, LIFT * mean):
+        for lift in (LIFT * min(1.0, mean), LIFT * mean):
             factor, info = torch.linalg.cholesky_ex(damped + (max(-least, 0.0) + lift) * identity)
             if not int(info):
                 return factor
