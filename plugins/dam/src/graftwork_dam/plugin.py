@@ -1,0 +1,37 @@
+"""The hooks of DAM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from graftwork import Benchmark, WeightTransform, hookimpl
+
+from graftwork_dam.benchmark import additivity_benchmark
+from graftwork_dam.compress import FIGURES, compress_block
+from graftwork_dam.options import DamOptions
+
+if TYPE_CHECKING:
+    from graftwork.run import Run
+
+
+class Dam:
+    """Low rank and quantization together, with a diagonal between the factors."""
+
+    Options = DamOptions
+
+    def __init__(self, options: DamOptions) -> None:
+        self.options = options
+
+    @hookimpl
+    def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
+        return [
+            WeightTransform(
+                "dam", partial(compress_block, options=self.options), needs="activations", figures=FIGURES
+            )
+        ]
+
+    @hookimpl
+    def benchmarks(self, run: Run) -> Mapping[str, Benchmark]:
+        return {"additivity": additivity_benchmark()}
