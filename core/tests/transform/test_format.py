@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -57,7 +59,7 @@ def factored(linear: nn.Linear) -> Factored:
     [
         (lambda name, linear: CompressedLinear.from_linear(linear), "dense"),
         (lambda name, linear: rounded(linear), "pack-quantized"),
-        (lambda name, linear: rounded(linear, 3, symmetric=False, group=None), "pack-quantized"),
+        (lambda name, linear: rounded(linear, 3, group=None), "pack-quantized"),
         (lambda name, linear: rounded(linear, 8), "pack-quantized"),
         (lambda name, linear: rounded(linear, 8, activations=HALF), "int-quantized"),
         (lambda name, linear: rounded(linear, 4, activations=HALF), "pack-quantized"),
@@ -89,6 +91,13 @@ def test_auto_takes_the_first_layout_that_holds_everything(make: Any, layout: st
     if layout == "graftwork":
         with pytest.raises(UserError, match=r"format 'compressed-tensors' cannot hold the model: .*q_proj"):
             describe(model, format="compressed-tensors")
+
+
+def test_packed_zero_points_are_for_those_who_ask() -> None:
+    """Plain transformers does not load them; see test_loading."""
+    model = model_with(lambda name, linear: rounded(linear, symmetric=False))
+    assert layout_of(describe(model)) == "graftwork"
+    assert layout_of(describe(model, format="compressed-tensors")) == "pack-quantized"
 
 
 def test_a_rounded_kv_cache_needs_our_layout() -> None:
@@ -209,23 +218,19 @@ def test_their_library_accepts_every_config() -> None:
     from compressed_tensors import __version__
     from compressed_tensors.quantization import QuantizationConfig
 
-    for bits in (2, 3, 4, 8):
-        for symmetric in (True, False):
-            for group in (None, 16):
-                for activations in (None, HALF):
-                    config = describe(
-                        model_with(
-                            lambda name, linear, bits=bits, symmetric=symmetric, group=group, activations=activations: (
-                                rounded(
-                                    linear, bits, symmetric=symmetric, group=group, activations=activations
-                                )
-                            )
-                        )
-                    )
-                    assert config is not None
-                    assert config["version"] == __version__
-                    json.dumps(config)
-                    QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "version"})
+    for bits, symmetric, group, activations in product(
+        (2, 3, 4, 8), (True, False), (None, 16), (None, HALF, ActivationScheme(bits=8))
+    ):
+
+        def make(name: str, linear: nn.Linear, bits: int = bits, **parts: Any) -> nn.Module:
+            return rounded(linear, bits, **parts)
+
+        parts = {"symmetric": symmetric, "group": group, "activations": activations}
+        config = describe(model_with(partial(make, **parts)), format="compressed-tensors")
+        assert config is not None
+        assert config["version"] == __version__
+        json.dumps(config)
+        QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "version"})
 
 
 def test_skipped_linears_are_ignored_and_several_schemes_are_named() -> None:

@@ -74,7 +74,9 @@ def test_the_rotation_is_the_product_of_its_matrices() -> None:
 
 def test_the_output_is_that_of_the_formula() -> None:
     layer, x = whole_layer(), drawn(2, 5, COLUMNS, seed=9)
-    assert layer.rotation is not None and layer.correction is not None and layer.bias is not None
+    assert layer.rotation is not None
+    assert layer.correction is not None
+    assert layer.bias is not None
     seen = fake_quantize_tokens(layer.rotation(x), ActivationScheme(bits=6)).double()
     left, right = (part.double() for part in layer.correction)
     weight = quantize_weight(
@@ -157,10 +159,12 @@ def test_another_dtype_casts_the_scales_and_leaves_the_rotation() -> None:
     layer(drawn(5, COLUMNS))
     before = layer.rotation_orthogonal
     layer.to(torch.bfloat16)
-    assert layer.rotation_orthogonal is not None and before is not None
+    assert layer.rotation_orthogonal is not None
+    assert before is not None
     assert layer.rotation_orthogonal.dtype == torch.float32
     assert torch.equal(layer.rotation_orthogonal, before)
-    assert layer.weight_packed is not None and layer.weight_packed.dtype == torch.int32
+    assert layer.weight_packed is not None
+    assert layer.weight_packed.dtype == torch.int32
     assert layer.dense_weight().dtype == torch.bfloat16
     assert layer(drawn(5, COLUMNS, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -241,3 +245,20 @@ def test_an_old_or_missing_packer_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match=r"not there; `pip install 'graftwork\[compress\]'`"):
         packing()
+
+
+def test_parts_in_another_order_in_memory_compute_with_what_is_stored() -> None:
+    turned = rotation(orthogonal=8)
+    assert turned.orthogonal is not None
+    turned = Rotation(turned.block, turned.signs, turned.orthogonal.mT)
+    layer = CompressedLinear(
+        drawn(COLUMNS, ROWS).T, rotation=turned, correction=(drawn(3, ROWS).T, drawn(COLUMNS, 3).T)
+    )
+    assert all(tensor.is_contiguous() for tensor in layer.state_dict().values())
+    assert torch.equal(layer.dense_weight(), drawn(COLUMNS, ROWS).T)
+    again = CompressedLinear.from_settings(layer.settings(), ROWS, COLUMNS, torch.float32).to_empty(
+        device="cpu"
+    )
+    again.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()})
+    x = drawn(5, COLUMNS, seed=9)
+    assert torch.equal(again(x), layer(x))

@@ -134,6 +134,8 @@ def check_change(before: Layout, after: Layout) -> None:
 def choose(format: Format, description: Description, kv: KVScheme | None = None) -> Layout:
     """Return the layout for a model whose layers are like ``description``.
 
+    ``auto`` takes compressed-tensors' only where plain transformers loads it.
+
     Raises:
         UserError: the format asked for cannot hold it; the sentence names a linear and what is in the way.
     """
@@ -152,7 +154,10 @@ def choose(format: Format, description: Description, kv: KVScheme | None = None)
         "graftwork": ("graftwork",),
     }
     for layout in layouts[format]:
-        if obstacle(layout, description, kv) is None:
+        # Up to 0.20 compressed-tensors gives packed zero points a wrong shape when a model is loaded packed, and
+        # transformers then refuses it; vLLM reads them, and so does transformers with dequantize=True.
+        unread = format == "auto" and layout == "pack-quantized" and _has_zero_points(used)
+        if not unread and obstacle(layout, description, kv) is None:
             return layout
     check_fits(layouts[format][-1], description, kv)
     raise AssertionError(format)
@@ -332,6 +337,10 @@ def _activation_args(activations: Mapping[str, Any] | None) -> dict[str, Any] | 
         "dynamic": True,
         "observer": None,
     }
+
+
+def _has_zero_points(used: Iterable[Mapping[str, Any]]) -> bool:
+    return any(settings.get("weights") and not settings["weights"]["symmetric"] for settings in used)
 
 
 # ---------------------------------------------------------------------- groups of names

@@ -169,7 +169,7 @@ class CompressedLinear(nn.Module):
         # How a range was found leaves no trace in the stored integers: only what is needed to read them is kept.
         self.weights = weight.scheme.model_copy(update={"clip": "none"})
         self.weight_packed = pack(weight.codes, bits)
-        self.weight_scale = weight.scale.detach().clone()
+        self.weight_scale = _copy(weight.scale, weight.scale.dtype)
         self.weight_zero_point = None if weight.zero is None else pack(weight.zero, bits, packed_dim=0)
         self.weight_shape = torch.tensor(weight.codes.shape, device=weight.codes.device)
         return self
@@ -184,11 +184,9 @@ class CompressedLinear(nn.Module):
             )
         self.rotation_block = 0 if rotation is None else rotation.block
         # Copies: linears that share a rotation are stored one by one, and may be on several devices.
-        self.rotation_signs = None if rotation is None else rotation.signs.detach().to(torch.int8, copy=True)
         orthogonal = None if rotation is None else rotation.orthogonal
-        self.rotation_orthogonal = (
-            None if orthogonal is None else orthogonal.detach().to(torch.float32, copy=True)
-        )
+        self.rotation_signs = None if rotation is None else _copy(rotation.signs, torch.int8)
+        self.rotation_orthogonal = None if orthogonal is None else _copy(orthogonal, torch.float32)
         return self
 
     def corrected(self, correction: tuple[Tensor, Tensor] | None) -> CompressedLinear:
@@ -393,9 +391,14 @@ class Factored(nn.Sequential):
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
-    if tensor is None or isinstance(tensor, nn.Parameter):
+    if tensor is None or (isinstance(tensor, nn.Parameter) and tensor.is_contiguous()):
         return tensor
-    return nn.Parameter(tensor.detach())
+    # Another order in memory is another order of summation: a model must compute with what is stored.
+    return nn.Parameter(tensor.detach().contiguous())
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _words(values: int, bits: int) -> int:
