@@ -70,7 +70,9 @@ class Problem:
             x, right = x * (-log_e).exp(), right * log_e.exp()
             moments = scaled_moments(moments, log_e)
         stored = rounder.pair(left, right, moments, self.layer.name)
-        return float(relative_loss(product_output(x, values(stored[0]), values(stored[1]), self.rounding), self.target))
+        return float(
+            relative_loss(product_output(x, values(stored[0]), values(stored[1]), self.rounding), self.target)
+        )
 
     @torch.no_grad()
     def best(self, starts: Mapping[str, torch.Tensor]) -> str:
