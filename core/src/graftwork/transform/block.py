@@ -201,6 +201,12 @@ class Block:
         """Return the smallest value of every input over all tokens."""
         return self._summed(names, lambda x: x.amin(0).double(), torch.minimum, "minima")
 
+    def reduced(
+        self, value: torch.Tensor, join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return a statistic over :meth:`batches` or :meth:`inputs` joined with those of all other processes."""
+        return self._stream.reduced(value, join)
+
     # ------------------------------------------------------------ inside
 
     @property
