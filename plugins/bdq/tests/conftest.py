@@ -46,4 +46,3 @@ def make() -> Callable[..., PreTrainedModel]:
 def ids() -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randint(3, 259, (6, 24), generator=generator)
-

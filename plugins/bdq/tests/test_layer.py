@@ -70,6 +70,7 @@ def test_without_rounding_it_is_the_dense_model(
     In float64 where values are turned: float32 loses what channels of 1/400 of another's size say when they are mixed.
     """
     model = make(1, dtype=torch.float64 if kv < 16 else torch.float32, **shape)
+    original = copy.deepcopy(model)
     before = logits(model, ids)
     given = options(scheme=f"W16A16KV{kv}", init="identity", learn="block", learned_block=16, **case)
     parts = [shaken(layer, model.config, given, number) for number, layer in enumerate(model.model.layers)]
@@ -81,14 +82,10 @@ def test_without_rounding_it_is_the_dense_model(
         assert (logits(model, ids) - before).abs().max() < 1e-4
     assert isinstance(model.model.layers[0].self_attn.q_proj, CompressedLinear)
     # Something was moved: the weights are others, and norms with them where there are scales.
-    fresh = make(1, **shape)
-    assert not torch.allclose(
-        model.model.layers[0].mlp.down_proj.weight, fresh.model.layers[0].mlp.down_proj.weight
-    )
-    moved = not torch.equal(
-        model.model.layers[0].input_layernorm.weight, fresh.model.layers[0].input_layernorm.weight
-    )
-    assert moved == (case["diag"] != "none")
+    now, then = model.model.layers[0], original.model.layers[0]
+    assert not torch.allclose(now.mlp.down_proj.weight, then.mlp.down_proj.weight)
+    same_norm = torch.equal(now.input_layernorm.weight, then.input_layernorm.weight)
+    assert same_norm == (case["diag"] == "none")
 
 
 def test_biases_are_scaled_and_turned_with_their_rows(make: Make, ids: torch.Tensor) -> None:
@@ -173,7 +170,9 @@ def test_smoothquant_start_is_smoothquant(make: Make, ids: torch.Tensor) -> None
     given = options(scheme="W4A16", init="smoothquant", rotation="none")
     LayerTransform(layer, model.config, given, found, 0).fold()
     old = original.model.layers[0]
-    torch.testing.assert_close(layer.input_layernorm.weight, old.input_layernorm.weight / divisor, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        layer.input_layernorm.weight, old.input_layernorm.weight / divisor, rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(
         layer.self_attn.q_proj.weight, old.self_attn.q_proj.weight * divisor, rtol=1e-4, atol=1e-6
     )

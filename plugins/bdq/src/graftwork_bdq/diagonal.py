@@ -29,9 +29,9 @@ def scales(sigma: torch.Tensor) -> torch.Tensor:
 def energy_sigma(inputs: torch.Tensor, weights: torch.Tensor, floor: float = FLOOR) -> torch.Tensor:
     """Return ln s with ``s_j^2 = ||W_:j|| / ||X_:j||``, its mean taken out (ours).
 
-    ``inputs`` and ``weights`` (d) are the energies ``sum_t X_tj^2`` and ``sum_i W_ij^2``. After a rotation that flattens
-    both, the output error is proportional to ``||X s||_F^2 ||W / s||_F^2``. By Cauchy-Schwarz this s makes it least,
-    ``(sum_j ||X_:j|| ||W_:j||)^2``. Norms below ``floor`` times their mean are lifted to it, so a channel that is
+    ``inputs`` and ``weights`` (d) are the energies ``sum_t X_tj^2`` and ``sum_i W_ij^2``. After a rotation that
+    flattens both, the output error is proportional to ``||X s||_F^2 ||W / s||_F^2``. By Cauchy-Schwarz this s makes it
+    least, ``(sum_j ||X_:j|| ||W_:j||)^2``. Norms below ``floor`` times their mean are lifted to it, so a channel that is
     never used gets no boundless scale.
     """
     return _centred((_norms(weights, floor).log() - _norms(inputs, floor).log()) / 2)
@@ -61,7 +61,7 @@ def factors(size: int) -> tuple[int, int]:
 
 
 def kron_projected(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the vectors a (n1) and b (n2) whose sums ``a_i + b_j`` are nearest to ``sigma`` (n1 n2), by least squares."""
+    """Return a (n1) and b (n2) whose sums ``a_i + b_j`` are nearest to ``sigma`` (n1 n2), by least squares."""
     table = sigma.reshape(factors(len(sigma)))
     rows = table.mean(1)
     return rows, table.mean(0) - rows.mean()

@@ -53,8 +53,8 @@ def transformed(
 ) -> torch.Tensor:
     """Return the weight (out x in) for inputs that were scaled and rotated and outputs that shall be.
 
-    ``into`` (in) and ``out`` (out) are the scales of inputs and outputs, ``turned_into`` and ``turned_out`` the sizes of
-    the Hadamard blocks that inputs and outputs are turned by after their scales, and ``rotation`` is the place's own.
+    ``into`` (in) and ``out`` (out) are the scales of inputs and outputs, ``turned_into`` and ``turned_out`` the sizes
+    of the Hadamard blocks that inputs and outputs are turned by after their scales, and ``rotation`` is the place's own.
     """
     if into is not None:
         weight = weight / into
@@ -234,9 +234,7 @@ class LayerTransform(nn.Module):
         bias = linear.bias
         if bias is None:
             return weight, None
-        return weight, transformed(
-            bias.to(dtype)[:, None], out=out, turned_out=turned_out
-        ).squeeze(1)
+        return weight, transformed(bias.to(dtype)[:, None], out=out, turned_out=turned_out).squeeze(1)
 
     def kept(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the shares of the largest and the least weights that are kept (out x groups), or None."""
@@ -310,7 +308,9 @@ class LayerTransform(nn.Module):
             old = layer.get_submodule(name)
             rotation = self.reader(name).rotation()
             made[name] = CompressedLinear(
-                weight.to(old.weight.dtype), None if bias is None else bias.to(old.bias.dtype), rotation=rotation
+                weight.to(old.weight.dtype),
+                None if bias is None else bias.to(old.bias.dtype),
+                rotation=rotation,
             )
             _put(layer, name, made[name])
         return made

@@ -175,7 +175,9 @@ class _OneHot(torch.autograd.Function):
         gradient = gradient.masked_fill(~counts, 0)
         p = log_p.exp()
         inside = delta * p + (1 - delta)
-        slope = p * (_log(inside) - log_p - math.log(delta)) - p * (1 - delta) / inside if delta < 1 else 0 * p
+        slope = (
+            p * (_log(inside) - log_p - math.log(delta)) - p * (1 - delta) / inside if delta < 1 else 0 * p
+        )
         found = torch.empty_like(logits)
         for part in _parts(len(logits), rows):
             log = logits[part].to(normaliser.dtype) - normaliser[part, None]

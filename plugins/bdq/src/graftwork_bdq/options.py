@@ -58,9 +58,7 @@ class BdqOptions(QuantizeOptions):
     loss: Loss | None = Field(
         None, description="mse for block, ce or rce (recursive cross-entropy; if not set) for token"
     )
-    sign: Sign = Field(
-        "symmetric", description="rce: CE - S, or CE + S as printed, which rewards spreading"
-    )
+    sign: Sign = Field("symmetric", description="rce: CE - S, or CE + S as printed, which rewards spreading")
     delta: float = Field(0.5, gt=0, le=1, description="rce: share of the prediction in the logarithm")
     q: Literal["label", "teacher"] = Field(
         "label", description="token: the target is the next token, or what the unchanged model predicts"
@@ -71,10 +69,12 @@ class BdqOptions(QuantizeOptions):
     clip_lr: float = Field(5e-2, gt=0, description="learning rate of clip factors")
     clips: bool = Field(True, description="learn the share of each range that is kept")
     propagate: bool = Field(
-        False, description="block: inputs are those that the changed layers before give, not the unchanged model's"
+        False,
+        description="block: inputs are those that the changed layers before give, not the unchanged model's",
     )
     exclude_first_token: bool = Field(
-        False, description="leave the first token of a window, often an outlier, out of the statistics for init"
+        False,
+        description="leave the first token of a window, often an outlier, out of the statistics for init",
     )
     loss_term: bool = Field(
         False, description="in training: turn the trainer's cross-entropy into the recursive one"
@@ -103,7 +103,9 @@ class BdqOptions(QuantizeOptions):
         if self.learn != "block" and self.propagate:
             raise ValueError("propagate is for learn: block")
         if self.learn != "none" and not self._learnable:
-            raise ValueError("nothing would be learned: diag is none, no rotation is learned and clips is off")
+            raise ValueError(
+                "nothing would be learned: diag is none, no rotation is learned and clips is off"
+            )
         if self.init != "smoothquant" and "alpha" in given:
             raise ValueError("alpha is for init: smoothquant")
         return self

@@ -66,10 +66,10 @@ class Bdq:
         options = self.options
         layer = self.start(block)
         for name in layer.linears():
-            block.record(name, concentration_before=float(concentration(block.get(name).weight)))
+            block.record(name, concentration_before=concentration(block.get(name).weight).item())
         for name in layer.places:
             place = layer.place(name)
-            block.record(place.place.linears[0], scale_spread=float(place.diagonal().std(unbiased=False)))
+            block.record(place.place.linears[0], scale_spread=place.diagonal().std(unbiased=False).item())
         if options.learn == "block":
             before, after = train_block(block, layer, self.kv)
             block.record("", block_loss_before=before, block_loss_after=after)

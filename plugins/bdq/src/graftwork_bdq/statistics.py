@@ -83,5 +83,6 @@ def of_block(block: Block, options: BdqOptions) -> Mapping[str, Statistics]:
         return {place: Statistics(energy=energy[linear]) for place, linear in names.items()}
     high, low = block.maxima(list(names.values())), block.minima(list(names.values()))
     return {
-        place: Statistics(largest=torch.maximum(high[linear], -low[linear])) for place, linear in names.items()
+        place: Statistics(largest=torch.maximum(high[linear], -low[linear]))
+        for place, linear in names.items()
     }

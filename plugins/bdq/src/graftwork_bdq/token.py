@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ def learn_tokens(whole: Whole, options: BdqOptions, kv: KVScheme) -> dict[str, t
 
     Each window predicts its tokens from those before. Weights are rounded to nearest meanwhile; where they are rounded
     with error feedback afterwards, they are left as they are (SpinQuant's rule). ``loss.first`` and ``loss.last`` are
-    the mean losses over all windows before and after.
+    the mean losses over all windows before and after; if learning has raised it, the start is taken again.
 
     Raises:
         UserError: a loss that is no number, with the step.
@@ -40,7 +41,9 @@ def learn_tokens(whole: Whole, options: BdqOptions, kv: KVScheme) -> dict[str, t
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
-    found = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.tensors().items()}
+    found = {
+        f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.tensors().items()
+    }
     seeds = {f"{name}.seed": torch.tensor(layer.seed) for name, layer in layers.items()}
     return {**found, **seeds, "loss.first": torch.tensor(first), "loss.last": torch.tensor(last)}
 
@@ -107,11 +110,14 @@ def _train(
         for layer in layers:
             stack.enter_context(layer.student())
         first = mean()
+        start = [copy.deepcopy(layer.state_dict()) for layer in layers]
         bar = stack.enter_context(whole.console.bar(steps, "learn scales", "step"))
         for step, ids in zip(range(steps), forever(batches), strict=False):
             loss = loss_of(ids)
             if not math.isfinite(loss.item()):
-                raise UserError(f"learn: token: the loss is {loss.item()} at step {step + 1}; lower plugins.bdq.lr")
+                raise UserError(
+                    f"learn: token: the loss is {loss.item()} at step {step + 1}; lower plugins.bdq.lr"
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -119,7 +125,12 @@ def _train(
             for layer in layers:
                 layer.forget()
             bar.update(1)
-        return first, mean()
+        last = mean()
+        if not last <= first:
+            for layer, state in zip(layers, start, strict=True):
+                layer.load_state_dict(state)
+            last = first
+        return first, last
 
 
 @contextlib.contextmanager
