@@ -101,6 +101,19 @@ def gaps_by_linear(study: Study, one: Setting, level: str) -> dict[str, float]:
     return {name: getattr(errors, level) - alone[name] for name, errors in study.errors[one].items()}
 
 
+def ratios_by_linear(study: Study, one: Setting, level: str) -> dict[str, float]:
+    """Return, linear by linear, a setting's squared error over the sum of both squared errors alone.
+
+    Above 1 the errors have a positive inner product: they reinforce each other.
+    """
+    low, rounded = study.errors[Setting("l", one.ratio)], study.errors[Setting("q", None, one.bits)]
+    found = {}
+    for name, errors in study.errors[one].items():
+        alone = getattr(low[name], level) ** 2 + getattr(rounded[name], level) ** 2
+        found[name] = getattr(errors, level) ** 2 / alone if alone else 1.0
+    return found
+
+
 def _items(study: Study, losses: Losses) -> dict[str, list[float]]:
     """Return the metrics at the first ratio: windows for likelihood, linears for the other levels."""
     first = study.options.ratios[0]
@@ -116,6 +129,7 @@ def _items(study: Study, losses: Losses) -> dict[str, list[float]]:
         found[f"gap_{one.kind}{one.suffix}"] = [a - b for a, b in zip(losses[one], expected, strict=True)]
         for level in ("tensor", "dot"):
             found[f"{level}_gap_{one.kind}{one.suffix}"] = [*gaps_by_linear(study, one, level).values()]
+            found[f"{level}_ratio_{one.kind}{one.suffix}"] = [*ratios_by_linear(study, one, level).values()]
     return found
 
 
@@ -145,6 +159,7 @@ def _rows(study: Study, losses: Losses) -> list[dict[str, Any]]:
             row["gap"] = _mean(losses[one]) - _mean(added(study, losses, one))
             for level in ("tensor", "dot"):
                 row[f"{level}_gap"] = _mean(gaps_by_linear(study, one, level).values())
+                row[f"{level}_ratio"] = _mean(ratios_by_linear(study, one, level).values())
         found.append(row)
     return found
 

@@ -14,6 +14,7 @@ from graftwork.errors import did_you_mean
 from graftwork.transform.block import Block
 from graftwork.transform.modules import CompressedLinear, Factored
 from graftwork.transform.quantizer import Quantized
+from graftwork.transform.scheme import check_group
 from torch import nn
 
 from graftwork_dam import fold
@@ -97,7 +98,10 @@ class Compression:
         rows, columns = layer.weight.shape
         group = options.group if self.rounder.scheme.rounds else None
         name = f"{self.block.name}.{layer.name}"
-        return choose_rank(rows, columns, ratio=options.ratio, rank=options.rank, group=group, name=name)
+        rank = choose_rank(rows, columns, ratio=options.ratio, rank=options.rank, group=group, name=name)
+        check_group(self.rounder.scheme, columns, name)
+        check_group(self.rounder.scheme, rank, f"{name}.1")
+        return rank
 
     def _choose(self, problem: Problem, steps: int | None = None) -> Choice:
         options = self.options

@@ -2,7 +2,7 @@
 
 Notation: ``f(W)`` is a compressed weight, ``err_f = W - f(W)``. A pair of compressions is additive on ``W`` at the
 level of a norm where ``||err_fg|| <= ||err_f|| + ||err_g||`` (the framing of Harma et al., arXiv 2405.20935; the
-inequality is ours). All in float64.
+inequality is ours).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 
 def tensor_norm(error: torch.Tensor) -> float:
     """Return ``||E||_F`` of an error (m x n)."""
-    return float(torch.linalg.matrix_norm(error.double()))
+    return error.square().sum(dtype=torch.float64).sqrt().item()
 
 
 def dot_norm(error: torch.Tensor, moments: torch.Tensor) -> float:
-    """Return ``||X E^T||_F`` from the second moments ``X^T X`` (n x n)."""
-    error = error.double()
-    return float(((error @ moments.double()) * error).sum().clamp_min(0).sqrt())
+    """Return ``||X E^T||_F`` from the second moments ``X^T X`` (n x n), in the dtype of ``error``."""
+    outputs = (error @ moments.to(error)) * error
+    return outputs.sum(dtype=torch.float64).clamp_min(0).sqrt().item()
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,10 @@ def metric_words() -> dict[str, str]:
                 f"{what}, {bits} bits: weight error beyond the sum, relative"
             )
             words[f"dot_gap_{kind}_w{bits}"] = f"{what}, {bits} bits: output error beyond the sum, relative"
+            for level, of in (("tensor", "weight"), ("dot", "output")):
+                words[f"{level}_ratio_{kind}_w{bits}"] = (
+                    f"{what}, {bits} bits: squared {of} error over the sum of both squared errors; 1 if orthogonal"
+                )
         for latents in LATENTS:
             for kind in SPLITS:
                 name = f"delta_{kind}_w{bits}l{latents}"

@@ -125,10 +125,10 @@ class Made:
 
     parts: tuple[Stored, ...]
 
-    def product(self) -> torch.Tensor:
-        """Return the weight that it stands for (m x n), float64."""
-        wide = [values(part).double() for part in self.parts]
-        return wide[0] if len(wide) == 1 else wide[0] @ wide[1]
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight that it stands for (m x n)."""
+        parts = [values(part).to(dtype) for part in self.parts]
+        return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
 
     def bits(self) -> int:
         """Return the bits of codes and scales; numbers count 16 each."""
@@ -148,7 +148,8 @@ class Made:
                 CompressedLinear(right, activations=how.inputs),
                 CompressedLinear(left, linear.bias, activations=how.latents),
             )
-        return CompressedLinear(self.product().to(kind), linear.bias, activations=how.inputs)
+        wide = torch.promote_types(kind, torch.float32)
+        return CompressedLinear(self.product(wide).to(kind), linear.bias, activations=how.inputs)
 
 
 class LinearStudy:
@@ -193,7 +194,8 @@ class LinearStudy:
 
     def errors(self, made: Made) -> LinearErrors:
         """Return what a stored weight is off by."""
-        error = self.layer.weight.double() - made.product()
+        weight = self.layer.weight
+        error = weight - made.product(weight.dtype)
         tensor, dot = tensor_norm(error), dot_norm(error, self.layer.moments)
         whole, outputs = self.norms
         return LinearErrors(
