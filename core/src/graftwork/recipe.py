@@ -298,7 +298,7 @@ def expand(
     base = _normalised({k: v for k, v in tree.items() if k in SHARED_KEYS})
     jobs: list[JobSpec] = []
     for index, step in enumerate(frame.steps or [{}]):
-        arm = _arm_name(step, index, document)
+        arm = _arm_name(step, index, document, "transform" if base.get("transform") is not None else "train")
         if steps and arm not in steps:
             continue
         merged = _merged(base, _normalised({k: v for k, v in step.items() if k != "name"}))
@@ -403,9 +403,10 @@ def _normalised(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _arm_name(step: Mapping[str, Any], index: int, document: yaml_lines.Document) -> str:
+def _arm_name(step: Mapping[str, Any], index: int, document: yaml_lines.Document, kind: str) -> str:
+    """Return the name of a step; a recipe without steps has one job, which is called by its ``kind``."""
     if not step:
-        return "train"
+        return kind
     name = step.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(

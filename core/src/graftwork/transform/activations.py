@@ -106,11 +106,21 @@ class Stream:
         """Return the other arguments of the current layer's forward."""
         return self._calls[len(self.ids[number])][self.layer]
 
-    def compute(self, layer: Layer, *, keep: bool = False, progress: Callable[[], Any] | None = None) -> None:
-        """Make ``following``, the hidden states after ``layer``; those before it are freed unless ``keep``."""
+    def compute(
+        self,
+        layer: Layer,
+        *,
+        keep: bool = False,
+        limit: int | None = None,
+        progress: Callable[[], Any] | None = None,
+    ) -> None:
+        """Make ``following``, the hidden states after ``layer`` of the first ``limit`` batches (all where None).
+
+        Those before it are freed unless ``keep``.
+        """
         self.following = self._at(self.layer + 1)
         with torch.no_grad():
-            for number in range(len(self)):
+            for number in range(min(len(self), limit or len(self))):
                 hidden, kwargs = self.get(number)
                 self.following.put(number, layer(hidden, kwargs))
                 if not keep:

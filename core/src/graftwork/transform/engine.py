@@ -75,7 +75,7 @@ class Outcome:
         layers: one record per layer.
         nll: mean negative log-likelihood per token of every evaluation window, after the change.
         dense_nll: the same of the unchanged model; empty where it was not asked for.
-        calibration_nll: the mean over the calibration windows, after the change.
+        calibration_nll: the mean over the calibration windows, after the change, where asked for.
         notes: sentences for the user.
         config: of the changed model.
         quantization: the config's ``quantization_config``; None for a plain checkpoint.
@@ -111,6 +111,7 @@ class Engine:
         format: of what is written.
         seed: of the run.
         dense: whether the unchanged model is evaluated, too.
+        score_calibration: whether the calibration windows are scored after the change.
     """
 
     def __init__(
@@ -125,12 +126,14 @@ class Engine:
         format: Format = "auto",
         seed: int = 0,
         dense: bool = True,
+        score_calibration: bool = False,
         console: Console | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.source, self.transforms, self.texts = source, list(transforms), texts
         self.work, self.seed = work, seed
         self.format: Format = format
+        self.score_calibration = score_calibration
         self.console = console or Console(enabled=False)
         self.device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
         self.batch_size = batch_size
@@ -204,23 +207,22 @@ class Engine:
             console=self.console,
         )
         record = LayerRecord(name, parameters=sum(one.weight.numel() for one in linears(module).values()))
-        before = self._measured(block, restored=True)
+        reference = self._reference(block, record)
         for plugin, transform in self.transforms:
             tell(transform.name)
             self._transform(block, plugin, transform)
-        after = self._measured(block, restored=False)
-        record.weights_flatness = (before.weights, after.weights)
-        if before.inputs is not None and after.inputs is not None:
-            record.inputs_flatness = (before.inputs, after.inputs)
-        if before.output is not None and after.output is not None:
-            record.error = figures.relative_error(before.output, after.output)
         record.linears = block.records
         self.notes += block.notes
         self._same_kv(block)
         tell("passed on")
-        for stream in (self.calibration, self.evaluation):
-            if stream is not None:
-                stream.compute(run)
+        last = index + 1 == len(self.layers)
+        with figures.watching(module) as seen:
+            if self.calibration is not None:
+                # What comes out of the last layer is wanted for the score alone.
+                self.calibration.compute(run, limit=1 if last and not self.score_calibration else None)
+            if self.evaluation is not None:
+                self.evaluation.compute(run)
+        self._compare(record, block, reference, figures.mean(seen.values()))
         record.bits = self._written(index, name, module)
         self.records.append(record)
         for stream in self._streams():
@@ -336,7 +338,9 @@ class Engine:
             stored = {**self.writer.read(0), **self.writer.read(len(self.layers) + 1)}
         self.outer.load(self.outer.for_logits(), stored)
         nll = self._nll(self.evaluation) if self.evaluation is not None else []
-        calibration = self._nll(self.calibration) if self.calibration is not None else []
+        calibration = []
+        if self.score_calibration and self.calibration is not None:
+            calibration = self._nll(self.calibration)
         self.outer.drop()
         return Outcome(
             self.records,
@@ -363,38 +367,33 @@ class Engine:
 
     # ------------------------------------------------------------ figures
 
-    def _measured(self, block: Block, *, restored: bool) -> _Measured:
-        """Measure a layer on the first batch there is: calibration, else evaluation."""
+    def _reference(self, block: Block, record: LayerRecord) -> torch.Tensor | None:
+        """Measure a layer before it is changed; return its output for the first batch there is."""
+        before = figures.weights_flatness(block.module)
+        record.weights_flatness = (before, before)
         stream = self.calibration or self.evaluation
-        weights = figures.weights_flatness(block.module)
         if stream is None:
-            return _Measured(weights)
+            return None
         hidden, kwargs = stream.get(0)
-        if restored:
-            hidden = self._restored(hidden)
-        seen: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), figures.watching(block.module) as seen:
+            output = block.run(self._restored(hidden), kwargs)
+        inputs = figures.mean(seen.values())
+        record.inputs_flatness = (inputs, inputs)
+        return output
 
-        def see(name: str) -> Callable[..., None]:
-            def hook(module: Any, arguments: tuple[Any, ...]) -> None:
-                rotation = getattr(module, "rotation", None)
-                seen[name] = arguments[0] if rotation is None else rotation(arguments[0])
-
-            return hook
-
-        handles = [
-            module.register_forward_pre_hook(see(name))
-            for name, module in block.module.named_modules()
-            if isinstance(module, torch.nn.Linear | CompressedLinear)
-        ]
-        try:
-            with torch.no_grad():
-                output = block.run(hidden, kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return _Measured(
-            weights, figures.inputs_flatness(seen), output if restored else self._restored(output)
-        )
+    def _compare(
+        self, record: LayerRecord, block: Block, reference: torch.Tensor | None, inputs: float
+    ) -> None:
+        """Measure the layer after it was changed, when it has been run."""
+        if record.weights_flatness is not None:
+            record.weights_flatness = (record.weights_flatness[0], figures.weights_flatness(block.module))
+        stream = self.calibration or self.evaluation
+        if reference is None or stream is None or stream.following is None:
+            return
+        if record.inputs_flatness is not None:
+            record.inputs_flatness = (record.inputs_flatness[0], inputs)
+        output = self._restored(stream.following.get(0).to(reference.device))
+        record.error = figures.relative_error(reference, output)
 
     def _restored(self, hidden: torch.Tensor) -> torch.Tensor:
         for _, transform in reversed(self.transforms):
@@ -438,13 +437,6 @@ class Engine:
         self.descriptions, self.notes = state["descriptions"], state["notes"]
         self.kv = KVScheme.model_validate(state["kv"]) if state["kv"] is not None else None
         return int(state["layers"])
-
-
-@dataclass(frozen=True)
-class _Measured:
-    weights: float
-    inputs: float | None = None
-    output: torch.Tensor | None = None
 
 
 def _guarded(plugin: str, hook: str, call: Callable[[], Any]) -> Any:

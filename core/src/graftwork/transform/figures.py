@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,13 +43,30 @@ def weights_flatness(layer: nn.Module) -> float:
             values.append(flatness(module.dense_weight()))
         elif isinstance(module, nn.Linear):
             values.append(flatness(module.weight))
-    return _mean(values)
+    return mean(values)
 
 
-def inputs_flatness(inputs: Mapping[str, torch.Tensor]) -> float:
-    """Return the mean flatness of the inputs (tokens x inputs) of a layer's linears."""
-    return _mean([flatness(x) for x in inputs.values()])
+@contextlib.contextmanager
+def watching(layer: nn.Module) -> Iterator[dict[str, float]]:
+    """Yield a mapping that gets the flatness of what each linear reads at its first call, rotated where it is."""
+    seen: dict[str, float] = {}
+
+    def see(name: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: tuple[Any, ...]) -> None:
+            if name not in seen:
+                rotation = getattr(module, "rotation", None)
+                seen[name] = flatness(arguments[0] if rotation is None else rotation(arguments[0]))
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear | CompressedLinear):
+                stack.callback(module.register_forward_pre_hook(see(name)).remove)
+        yield seen
 
 
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+def mean(values: Iterable[float]) -> float:
+    """Return the mean; NaN where there is nothing."""
+    known = list(values)
+    return math.fsum(known) / len(known) if known else math.nan

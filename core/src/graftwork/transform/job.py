@@ -23,7 +23,7 @@ from graftwork.plugins import Plugins
 from graftwork.recipe import Job, JobSpec
 from graftwork.run import Run
 from graftwork.train.checkpoints import read_json
-from graftwork.transform import limits
+from graftwork.transform import limits, unchanged
 from graftwork.transform.calibration import Windows, read_windows
 from graftwork.transform.engine import Engine, Outcome, Texts
 from graftwork.transform.format import checkpoint_config
@@ -160,7 +160,12 @@ def run_transform(
     console.say(f"{spec.arm}: {limits.words(ready.need)}")
     with ready.run.locked():
         ready.run.open(resume=resume, allow_other_versions=allow_other_versions)
-        outcome = engine_of(ready, work).run()
+        known = unchanged.find(ready)
+        outcome = engine_of(ready, work, dense=known is None).run()
+        if known is None:
+            unchanged.keep(ready, outcome.dense_nll)
+        else:
+            outcome.dense_nll = known
         size = _finish(ready, work, directory / MODEL, outcome)
         found = measurement(ready, outcome)
         write_json_atomic(directory / DETAILS, {"layers": [asdict(one) for one in outcome.layers]})
@@ -188,7 +193,7 @@ def run_transform(
     return result
 
 
-def engine_of(ready: Prepared, work: Path | None) -> Engine:
+def engine_of(ready: Prepared, work: Path | None, *, dense: bool = True) -> Engine:
     """Return the engine for a job."""
     windows = ready.windows
     evaluation = torch.cat(windows.evaluation) if windows.evaluation else None
@@ -201,6 +206,8 @@ def engine_of(ready: Prepared, work: Path | None) -> Engine:
         work=work,
         format=ready.options.format,
         seed=ready.run.seed,
+        dense=dense,
+        score_calibration=ready.options.score_calibration,
         console=ready.run.console,
     )
 

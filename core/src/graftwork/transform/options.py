@@ -30,6 +30,9 @@ class TransformOptions(BaseModel):
     evaluation_windows: int | None = Field(
         None, ge=1, description="use the first so many windows of each text"
     )
+    score_calibration: bool = Field(
+        False, description="score the calibration windows afterwards, too: the difference shows overfitting"
+    )
     overlap: Literal["refuse", "allow"] = Field(
         "refuse",
         description="what to do where calibration and evaluation share more than 1 % of their 13-grams",
