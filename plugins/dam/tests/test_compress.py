@@ -186,14 +186,14 @@ def test_figures_are_those_of_the_layer(model: Any) -> None:
     def outputs(e: torch.Tensor) -> float:
         return ((e @ moments) * e).sum().sqrt().item()
 
-    assert figures["loss"] == pytest.approx((outputs(error) / outputs(weight)) ** 2, rel=1e-3)
-    assert float(figures["loss"]) <= float(figures["start_loss"])
+    assert figures["dam_error"] == pytest.approx((outputs(error) / outputs(weight)) ** 2, rel=1e-3)
+    assert float(figures["dam_error"]) <= float(figures["dam_start_error"])
     low = factorise(weight, factored.rank, moments=moments).product()
     alone = quantize_weight(weight.float(), WeightScheme(bits=4)).dequantized().double()
     for level, norm in (("tensor_gap", lambda e: float(e.norm())), ("dot_gap", outputs)):
         expected = (norm(error) - norm(weight - low) - norm(weight - alone)) / norm(weight)
         assert figures[level] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert figures["rank"] == factored.rank
+    assert figures["low_rank"] == factored.rank
     assert {*figures} - {"start"} <= {*FIGURES}
     # Four bits a code, a scale a row, padded words.
     assert outcome.layers[0].bits < 6 * outcome.layers[0].parameters
@@ -273,9 +273,9 @@ def test_learning_by_the_layer_makes_its_output_better(model: Any) -> None:
     )
     for record in outcome.layers:
         whole = record.linears[""]
-        assert float(whole["block_loss"]) <= float(whole["block_start_loss"])
+        assert float(whole["block_error"]) <= float(whole["block_start_error"])
     assert any(
-        float(r.linears[""]["block_loss"]) < 0.999 * float(r.linears[""]["block_start_loss"])
+        float(r.linears[""]["block_error"]) < 0.999 * float(r.linears[""]["block_start_error"])
         for r in outcome.layers
     )
 

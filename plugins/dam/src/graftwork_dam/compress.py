@@ -29,13 +29,13 @@ from graftwork_dam.options import DamOptions
 from graftwork_dam.rounder import Rounder, values
 
 FIGURES = {
-    "rank": "rank of the factors",
-    "loss": "squared error of the outputs, relative, with rounded factors",
-    "start_loss": "the same at the best start, before the diagonal was learned",
+    "low_rank": "rank of a linear",
+    "dam_error": "squared error of a linear's outputs relative to their square, with its factors as stored",
+    "dam_start_error": "the same at the best start, before the diagonal was learned",
     "tensor_gap": "error on the weight beyond those of low rank alone and rounding alone, relative",
     "dot_gap": "the same of the outputs",
-    "block_loss": "loss: block, squared error of the decoder layer's output, relative",
-    "block_start_loss": "the same before the diagonals were learned",
+    "block_error": "loss: block, squared error of the decoder layer's output, relative",
+    "block_start_error": "the same before the diagonals were learned",
     "log_d_range": "largest over smallest entry of the diagonal, as a logarithm",
 }
 
@@ -132,7 +132,7 @@ class Compression:
                 loss = problem.stored_loss(found.logs[name], self.rounder.judge)
                 start = Choice(found.logs[name], "learned", loss, start.start, found.finite)
             self._store(name, problem, start)
-        self.block.record("", block_loss=found.loss, block_start_loss=found.start)
+        self.block.record("", block_error=found.loss, block_start_error=found.start)
 
     def _with_inputs(self, problems: Mapping[str, Problem]) -> None:
         """Choose diagonals on the inputs of every place, fold them into what stands before, and store the factors."""
@@ -237,10 +237,10 @@ class Compression:
         spread = choice.log_d.max() - choice.log_d.min()
         self.block.record(
             name,
-            rank=float(problem.factors.rank),
+            low_rank=float(problem.factors.rank),
             start=choice.name,
-            loss=choice.loss,
-            start_loss=choice.start,
+            dam_error=choice.loss,
+            dam_start_error=choice.start,
             log_d_range=float(spread),
         )
         if not choice.finite:
@@ -265,7 +265,7 @@ class Compression:
             self.block.round(name, stored, self.options.activations)
         else:
             self._merge(name, rounded)
-        self.block.record(name, rank=float(factors.rank))
+        self.block.record(name, low_rank=float(factors.rank))
         self._record_gaps(layer, factors, rounded.double())
 
     def _record_gaps(self, layer: Layer, factors: Factors, joint: torch.Tensor) -> None:
