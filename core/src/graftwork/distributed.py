@@ -5,14 +5,44 @@ Every function also works in a single process, where torch.distributed is not in
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+Join = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def active() -> bool:
     """Return whether several processes were started and have met."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def started() -> tuple[int, int]:
+    """Return this process's number and how many the launcher has started, also before they have met."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def meet() -> None:
+    """Meet the processes that the launcher (torchrun) has started; one that was started alone is a group of one.
+
+    Tensors on the CPU and on accelerators can be exchanged afterwards. Each process gets the accelerator with its
+    number on this machine.
+    """
+    if active():
+        return
+    device = torch.accelerator.current_accelerator()
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if device is not None:
+        torch.accelerator.set_device_index(local)
+        backend = f"cpu:gloo,{device.type}:{torch.distributed.get_default_backend_for_device(device)}"
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group(backend)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def leave() -> None:
@@ -54,3 +84,40 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def over_ranks(tensor: torch.Tensor, join: Join) -> torch.Tensor:
+    """Return sum, maximum or minimum over all processes (``torch.add``, ``maximum``, ``minimum``), as above."""
+    if not active():
+        return tensor
+    operations = torch.distributed.ReduceOp
+    known = {torch.add: operations.SUM, torch.maximum: operations.MAX, torch.minimum: operations.MIN}
+    joined = tensor.clone()
+    torch.distributed.all_reduce(joined, known[join])
+    return joined
+
+
+def from_rank(tensor: torch.Tensor | None, owner: int) -> torch.Tensor:
+    """Return in every process the tensor (on the CPU) that the process ``owner`` passed; the others pass None."""
+    if not active():
+        assert tensor is not None
+        return tensor
+    described = [None if tensor is None else (tensor.shape, tensor.dtype)]
+    torch.distributed.broadcast_object_list(described, owner)
+    if tensor is None:
+        assert described[0] is not None
+        shape, dtype = described[0]
+        tensor = torch.empty(shape, dtype=dtype)
+    # As bytes, because not every back end knows every dtype.
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    torch.distributed.broadcast(raw, owner)
+    return raw.view(tensor.dtype).reshape(tensor.shape)
+
+
+def from_main(value: Any) -> Any:
+    """Return in every process what the main process passed."""
+    if not active():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, 0)
+    return values[0]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from graftwork.distributed import Join, from_rank, over_ranks, rank_and_world
+from graftwork.errors import UserError, first_line
 from graftwork.transform.structure import enter
 
-Join = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Layer = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
@@ -27,8 +29,13 @@ class Hidden:
         """Keep the hidden states of a batch."""
         hidden = hidden.detach().to("cpu")
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"hidden": hidden.contiguous()}, self._path(number))
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file({"hidden": hidden.contiguous()}, self._path(number))
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"hidden states cannot be written to '{self.folder}': {first_line(error)}"
+                ) from error
         if self.in_memory:
             self._batches[number] = hidden
 
@@ -51,7 +58,7 @@ class Hidden:
 
 
 class Stream:
-    """Windows of tokens that go through the model layer by layer.
+    """Windows of tokens that go through the model layer by layer, their batches dealt out to the processes in turn.
 
     Args:
         name: of its folder.
@@ -60,6 +67,11 @@ class Stream:
         folder: where the hidden states before each layer are kept, so that a run can go on; None keeps nothing.
         in_memory: whether they are kept in memory, too.
         device: where layers run.
+
+    Attributes:
+        ids: token ids of all batches.
+        own: the numbers of the batches that this process has.
+        tokens: in all windows of all processes.
     """
 
     def __init__(
@@ -74,7 +86,10 @@ class Stream:
     ) -> None:
         self.name = name
         self.device = device or torch.device("cpu")
-        self.ids = list(windows.split(batch_size))
+        rank, self._world = rank_and_world()
+        # So that every process gets a batch where there are windows enough.
+        self.ids = list(windows.split(max(1, min(batch_size, len(windows) // self._world))))
+        self.own = range(rank, len(self.ids), self._world)
         self.tokens = windows.numel()
         self.layer = 0
         self._in_memory = in_memory or folder is None
@@ -91,16 +106,32 @@ class Stream:
         self.layer = layer
         self.now = self._at(layer)
         for number, ids in enumerate(self.ids):
-            if layer and len(ids) in self._calls:
+            wanted = not layer and number in self.own
+            if not wanted and len(ids) in self._calls:
                 continue
             hidden, calls = enter(model, ids.to(self.device))
             self._calls.setdefault(len(ids), calls)
-            if not layer:
+            if wanted:
                 self.now.put(number, hidden)
 
     def get(self, number: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Return the hidden states of a batch before the current layer, and what the layer is called with."""
+        """Return the hidden states of an own batch before the current layer, and what the layer is called with."""
         return self.now.get(number).to(self.device), self.arguments(number)
+
+    def share(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """Yield this process's batches as :meth:`get` returns them."""
+        for number in self.own:
+            yield self.get(number)
+
+    def every(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """Yield all batches in order, those of other processes too; all processes must do so in step."""
+        for number in range(len(self)):
+            yield self.anywhere(self.now, number), self.arguments(number)
+
+    def anywhere(self, hidden: Hidden, number: int) -> torch.Tensor:
+        """Return a batch of ``hidden`` (``now`` or ``following``) in all processes, whichever has it."""
+        mine = hidden.get(number) if number in self.own else None
+        return from_rank(mine, number % self._world).to(self.device)
 
     def arguments(self, number: int) -> dict[str, Any]:
         """Return the other arguments of the current layer's forward."""
@@ -120,7 +151,9 @@ class Stream:
         """
         self.following = self._at(self.layer + 1)
         with torch.no_grad():
-            for number in range(min(len(self), limit or len(self))):
+            for number in self.own:
+                if limit is not None and number >= limit:
+                    break
                 hidden, kwargs = self.get(number)
                 self.following.put(number, layer(hidden, kwargs))
                 if not keep:
@@ -135,15 +168,15 @@ class Stream:
         self.layer += 1
 
     def clean(self) -> None:
-        """Remove the files of all layers but the current one."""
+        """Remove the files of the layers before the current one; other processes may be writing the next."""
         if self._folder is not None and self._folder.is_dir():
             for folder in self._folder.iterdir():
-                if folder.name != f"{self.layer:05d}":
+                if int(folder.name) < self.layer:
                     shutil.rmtree(folder)
 
     def reduced(self, value: torch.Tensor, join: Join) -> torch.Tensor:
-        """Return a statistic over the windows of all processes; here one process has them all."""
-        return value
+        """Return a statistic over the windows of all processes, from those over each one's share."""
+        return over_ranks(value, join)
 
     def _at(self, layer: int) -> Hidden:
         folder = self._folder / f"{layer:05d}" if self._folder is not None else None

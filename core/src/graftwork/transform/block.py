@@ -146,13 +146,16 @@ class Block:
         """How many calibration tokens there are."""
         return self._stream.tokens
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-        """Yield the layer's inputs, hidden states (B x L x d) and the other arguments of its forward."""
-        for number in range(len(self._stream)):
-            yield self._stream.get(number)
+    def batches(self, *, share: bool = False) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """Yield the layer's inputs, hidden states (B x L x d) and the other arguments of its forward.
+
+        Every process of the run gets all of them, so that all learn the same; those that iterate do so in step. With
+        ``share`` each gets a share, for statistics that :meth:`reduced` joins.
+        """
+        return self._stream.share() if share else self._stream.every()
 
     def dense_batches(self) -> Iterator[tuple[torch.Tensor, dict[str, Any], torch.Tensor]]:
-        """Yield inputs, arguments and outputs of the layer in the unchanged model.
+        """Yield inputs, arguments and outputs of the layer in the unchanged model, all of them in every process.
 
         Raises:
             UserError: the transform did not ask for them (``dense``).
@@ -161,17 +164,20 @@ class Block:
         if stream is None or stream.following is None:
             raise UserError(f"'{self.name}': the activations of the unchanged model were not asked for")
         for number in range(len(stream)):
-            hidden, kwargs = stream.get(number)
-            yield hidden, kwargs, stream.following.get(number).to(hidden.device)
+            hidden = stream.anywhere(stream.now, number)
+            yield hidden, stream.arguments(number), stream.anywhere(stream.following, number)
 
     def run(self, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the layer's output (B x L x d), with gradient where it is on."""
         return first_tensor(self.module(hidden, **kwargs))
 
-    def inputs(self, names: Names) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield what the linears ``names`` read, batch by batch: name to tokens x inputs, rotated where they rotate."""
+    def inputs(self, names: Names, *, share: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what the linears ``names`` read, batch by batch: name to tokens x inputs, rotated where they rotate.
+
+        ``share`` as in :meth:`batches`.
+        """
         wanted = _listed(names)
-        for hidden, kwargs in self.batches():
+        for hidden, kwargs in self.batches(share=share):
             yield self._seen(hidden, kwargs, wanted)
 
     def second_moments(self, names: Names) -> dict[str, torch.Tensor]:
@@ -204,7 +210,10 @@ class Block:
     def reduced(
         self, value: torch.Tensor, join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Return a statistic over :meth:`batches` or :meth:`inputs` joined with those of all other processes."""
+        """Return a statistic over this process's share of :meth:`batches` or :meth:`inputs` joined with all others'.
+
+        ``join`` is ``torch.add``, ``torch.maximum`` or ``torch.minimum``.
+        """
         return self._stream.reduced(value, join)
 
     # ------------------------------------------------------------ inside
@@ -260,7 +269,7 @@ class Block:
         wanted = _listed(names)
         total: dict[str, torch.Tensor] = {}
         owner: dict[str, str] = {}
-        for number, seen in enumerate(self.inputs(wanted)):
+        for number, seen in zip(self._stream.own, self.inputs(wanted, share=True), strict=True):
             if not owner:
                 first: dict[int, str] = {}
                 owner = {name: first.setdefault(id(x), name) for name, x in seen.items()}

@@ -3,11 +3,14 @@
 At any moment one layer is in memory, with the hidden states of the calibration and evaluation texts before it (in
 memory or on disk). After each layer its file, the hidden states behind it and the progress are on disk, so that a
 run that was cut off goes on with the next layer and gives the same bytes.
+
+Several processes share the texts and change every layer alike; the main one writes.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import shutil
@@ -22,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftwork.console import Console
+from graftwork.distributed import barrier, from_main, from_rank, gather_objects, rank_and_world
 from graftwork.errors import PluginError, UserError
 from graftwork.files import write_json_atomic
 from graftwork.hookspecs import WeightTransform
@@ -139,6 +143,7 @@ class Engine:
         self.batch_size = batch_size
         self.model = source.skeleton()
         self.layers_name, self.layers = find_layers(self.model)
+        self.main = rank_and_world()[0] == 0
         self.writer = Writer(work, len(self.layers)) if work is not None else None
         self.records: list[LayerRecord] = []
         self.descriptions: list[dict[str, Any]] = []
@@ -244,13 +249,37 @@ class Engine:
             if isinstance(one, CompressedLinear | torch.nn.Linear)
         }
         tensors = layer_tensors(name, module, self._layout_with(index))
-        if self.writer is not None:
-            self.writer.write(index + 1, tensors)
+        self._same_everywhere(name, tensors)
+        self._write(index + 1, tensors)
         return sum(
             8 * tensor.numel() * tensor.element_size()
             for key, tensor in tensors.items()
             if key.removeprefix(f"{name}.").rpartition(".")[0] in own
         )
+
+    def _write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        if self.writer is not None and self.main:
+            self.writer.write(number, tensors)
+
+    def _same_everywhere(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse to go on where processes have changed a layer differently.
+
+        Raises:
+            UserError: with the layer.
+        """
+        if rank_and_world()[1] == 1:
+            return
+        found = hashlib.sha256()
+        for key in sorted(tensors):
+            found.update(key.encode())
+            found.update(tensors[key].detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+        digests = gather_objects(found.hexdigest())
+        other = next((rank for rank, one in enumerate(digests) if one != digests[0]), None)
+        if other is not None:
+            raise UserError(
+                f"'{name}' was changed differently in the processes 0 and {other}: a plugin of this run draws "
+                f"numbers or measures time in a way of its own; run it in one process"
+            )
 
     def _layout_with(self, index: int) -> Layout:
         """Return how layer ``index`` is stored; what was written before it must be readable with it."""
@@ -275,7 +304,7 @@ class Engine:
             if transform.prepare is None:
                 continue
             path = self.work / f"prepared-{number}.safetensors" if self.work is not None else None
-            if path is not None and path.is_file():
+            if path is not None and from_main(path.is_file()):
                 self.prepared[plugin] = load_file(path)
                 continue
             if self.texts.calibration is None:
@@ -290,8 +319,10 @@ class Engine:
             torch.manual_seed(self.seed)
             hook = f"weight_transforms ({transform.name})"
             found = dict(_guarded(plugin, hook, partial(transform.prepare, whole)))
-            tensors = {key: value.detach().to("cpu").contiguous() for key, value in found.items()}
-            if path is not None:
+            names = from_main(list(found))
+            mine = found if self.main else dict.fromkeys(names)
+            tensors = {key: from_rank(_plain(mine[key]), 0) for key in names}
+            if path is not None and self.main:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 aside = path.with_suffix(".part")
                 save_file(tensors, aside)
@@ -315,12 +346,11 @@ class Engine:
             if stream is not None:
                 stream.start(self.model, done)
         for number, names in ((0, outer.before), (len(self.layers) + 1, outer.after)):
-            if self.writer is not None and done and self.writer.has(number):
+            if self.writer is not None and from_main(bool(done) and self.writer.has(number)):
                 continue
             tensors = outer.tensors(names, bool(begins))
-            if self.writer is not None:
-                self.writer.write(number, tensors)
-            else:
+            self._write(number, tensors)
+            if self.writer is None:
                 self._kept |= tensors
         outer.drop()
 
@@ -354,16 +384,20 @@ class Engine:
 
     def _nll(self, stream: Stream) -> list[float]:
         """Return the mean negative log-likelihood per predicted token of every window."""
-        found: list[float] = []
-        with self.console.bar(len(stream), f"score {stream.name}", "batch") as bar:
-            for number, ids in enumerate(stream.ids):
-                hidden = stream.now.get(number).to(self.device)
+        mine: dict[int, list[float]] = {}
+        with self.console.bar(len(stream.own), f"score {stream.name}", "batch") as bar:
+            for number in stream.own:
+                hidden, ids = stream.now.get(number).to(self.device), stream.ids[number].to(self.device)
                 # Window by window: logits are the largest tensors of all.
-                for row, window in zip(hidden, ids.to(self.device), strict=True):
-                    logits = leave(self.model, row[None])[0, :-1].float()
-                    found.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+                mine[number] = [
+                    torch.nn.functional.cross_entropy(
+                        leave(self.model, row[None])[0, :-1].float(), window[1:]
+                    ).item()
+                    for row, window in zip(hidden, ids, strict=True)
+                ]
                 bar.update(1)
-        return found
+        found = {number: values for share in gather_objects(mine) for number, values in share.items()}
+        return [value for number in range(len(stream)) for value in found[number]]
 
     # ------------------------------------------------------------ figures
 
@@ -374,7 +408,7 @@ class Engine:
         stream = self.calibration or self.evaluation
         if stream is None:
             return None
-        hidden, kwargs = stream.get(0)
+        hidden, kwargs = stream.anywhere(stream.now, 0), stream.arguments(0)
         with torch.no_grad(), figures.watching(block.module) as seen:
             output = block.run(self._restored(hidden), kwargs)
         inputs = figures.mean(seen.values())
@@ -392,7 +426,7 @@ class Engine:
             return
         if record.inputs_flatness is not None:
             record.inputs_flatness = (record.inputs_flatness[0], inputs)
-        output = self._restored(stream.following.get(0).to(reference.device))
+        output = self._restored(stream.anywhere(stream.following, 0))
         record.error = figures.relative_error(reference, output)
 
     def _restored(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -421,22 +455,30 @@ class Engine:
             "notes": self.notes,
             "kv": self.kv.model_dump() if self.kv is not None else None,
         }
-        write_json_atomic(self.work / PROGRESS, state)
-        for stream in self._streams():
-            stream.clean()
+        # All hidden states must be there before the progress says so, and stay until then.
+        barrier()
+        if self.main:
+            write_json_atomic(self.work / PROGRESS, state)
+            for stream in self._streams():
+                stream.clean()
 
     def _resumed(self) -> int:
         """Return how many layers are done, with what is known of them."""
         path = self.work / PROGRESS if self.work is not None else None
         if path is None or not path.is_file():
-            if self.work is not None and (self.work / "hidden").is_dir():
+            if self.main and self.work is not None and (self.work / "hidden").is_dir():
                 shutil.rmtree(self.work / "hidden")
+            barrier()
             return 0
         state = json.loads(path.read_text(encoding="utf-8"))
         self.records = [LayerRecord(**record) for record in state["records"]]
         self.descriptions, self.notes = state["descriptions"], state["notes"]
         self.kv = KVScheme.model_validate(state["kv"]) if state["kv"] is not None else None
         return int(state["layers"])
+
+
+def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor.detach().to("cpu").contiguous() if tensor is not None else None
 
 
 def _guarded(plugin: str, hook: str, call: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from graftwork.errors import UserError, did_you_mean
+from graftwork.errors import UserError, did_you_mean, first_line
 from graftwork.models import PICKLES, load_config, load_model, resolve
 from graftwork.transform.structure import skeleton
 
@@ -167,8 +167,7 @@ def _downloaded(ref: str) -> Path:
         wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(ref, allow_patterns=wanted))
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model '{ref}' cannot be downloaded: {first}") from error
+        raise UserError(f"model '{ref}' cannot be downloaded: {first_line(error)}") from error
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
