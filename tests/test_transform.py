@@ -1,4 +1,4 @@
-"""``trainer transform`` as a user sees it: one sentence for bad input, the same bytes after a kill, no half checkpoint."""
+"""``trainer transform`` as a user sees it: one sentence for bad input, the same bytes after a kill, all or nothing."""
 
 from __future__ import annotations
 
