@@ -33,10 +33,9 @@ def meet() -> None:
     if active():
         return
     device = torch.accelerator.current_accelerator()
-    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
     backend = "gloo"
     if device is not None:
-        torch.accelerator.set_device_index(local)
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         backend = f"cpu:gloo,{device.type}:{torch.distributed.get_default_backend_for_device(device)}"
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group(backend)

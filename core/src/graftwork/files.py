@@ -86,6 +86,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder of this process beside ``path``, which need not be there; it vanishes afterwards.
+
+    Leftovers of attempts that were killed are removed; those of living processes stay.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside, descriptor = _make_aside(path, _new_folder)
+    except OSError as error:
+        raise UserError(f"'{path.parent}' cannot be written: {error.strerror or error}") from None
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``, after waiting for whoever holds it; it is released if the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,18 +24,25 @@ def read_config(train: Mapping[str, Any]) -> dict[str, Any] | None:
         UserError: the file is missing or no JSON object.
     """
     value = train.get("deepspeed")
-    if value is None:
-        return None
+    return None if value is None else parsed(value, "train.deepspeed")
+
+
+def parsed(value: str | Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the DeepSpeed configuration that the setting ``key`` names (a file) or holds.
+
+    Raises:
+        UserError: the file is missing or no JSON object.
+    """
     if isinstance(value, Mapping):
         return dict(value)
     try:
         config = json.loads(Path(value).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"train.deepspeed names '{value}', which cannot be read: {error.strerror}") from None
+        raise UserError(f"{key} names '{value}', which cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"train.deepspeed: '{value}' is not valid JSON ({error})") from None
+        raise UserError(f"{key}: '{value}' is not valid JSON ({error})") from None
     if not isinstance(config, dict):
-        raise UserError(f"train.deepspeed: '{value}' holds no JSON object")
+        raise UserError(f"{key}: '{value}' holds no JSON object")
     return config
 
 
