@@ -208,8 +208,11 @@ def test_latents_are_rounded_where_that_is_asked(found: Any) -> None:
 
 
 def test_everything_has_its_words_and_charts_have_all_series(found: Any) -> None:
-    assert {*found.items, *found.values} <= {*metric_words()}
-    assert additivity_benchmark().metrics == metric_words()
+    asked = metric_words(AdditivityOptions.model_validate(OPTIONS))
+    assert {*found.items, *found.values} == {*asked}
+    assert additivity_benchmark({"name": "dam:additivity", **OPTIONS}).metrics == asked
+    assert {*asked} < {*metric_words()}
+    assert additivity_benchmark({"name": "qa", "data": "x"}).metrics == metric_words()
     over_bits = next(c for c in found.charts if c.x == "bits of weights" and "latents" not in c.title)
     assert len(over_bits.series) == 11
     assert [x for x, _ in over_bits.series["DAM"]] == [3.0, 8.0]
@@ -225,6 +228,12 @@ def test_only_what_is_asked_for_is_measured(model: Any) -> None:
     found = measured(model, ratios=[0.9], bits=[4], latents=[16], compositions=["p05"], quantizer="gptq")
     assert [row["kind"] for row in found.rows] == ["l", "q", "p05"]
     assert not found.charts
+    few = AdditivityOptions.model_validate(
+        {**OPTIONS, "ratios": [0.9], "bits": [4], "latents": [16], "compositions": ["p05"]}
+    )
+    assert {*found.items} == {*metric_words(few)}
+    rounded = few.model_copy(update={"latents": [4]})
+    assert {*metric_words(rounded)} == {"dense_nll", "delta_l", "delta_q_w4", "delta_p05_w4l4"}
     seen = settings(AdditivityOptions.model_validate({**OPTIONS, "compositions": ["ql", "p0"]}))
     assert {one.latents for one in seen if one.kind == "ql"} == {16}
 

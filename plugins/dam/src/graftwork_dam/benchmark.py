@@ -14,6 +14,7 @@ from graftwork.transform.engine import Engine, Texts
 from graftwork.transform.options import TransformOptions
 from graftwork.transform.scheme import FULL
 from graftwork.transform.source import ModelSource
+from pydantic import ValidationError
 
 from graftwork_dam.settings import COMPOSITIONS, AdditivityOptions, Setting, metric_words, settings
 from graftwork_dam.study import Study, summed
@@ -34,11 +35,17 @@ SERIES = {
 Losses = Mapping[Setting, Sequence[float]]
 
 
-def additivity_benchmark() -> Benchmark:
-    """Return the benchmark."""
+def additivity_benchmark(section: Mapping[str, Any] | None = None) -> Benchmark:
+    """Return the benchmark, with the metrics that ``section`` (of a recipe) asks for, all where it is not ours."""
+    options = {key: value for key, value in (section or {}).items() if key != "name"}
+    try:
+        asked = AdditivityOptions.model_validate(options)
+    except ValidationError:
+        # Told when the options are read.
+        asked = None
     return Benchmark(
         "errors of low rank, rounding, both in every order, and DAM: on weights, outputs and likelihood",
-        metric_words(),
+        metric_words(asked),
         measure_additivity,
         AdditivityOptions,
     )

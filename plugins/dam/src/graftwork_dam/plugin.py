@@ -34,4 +34,4 @@ class Dam:
 
     @hookimpl
     def benchmarks(self, run: Run) -> Mapping[str, Benchmark]:
-        return {"additivity": additivity_benchmark()}
+        return {"additivity": additivity_benchmark(run.job.benchmark)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from graftwork.transform.scheme import FULL
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -110,29 +111,32 @@ def settings(options: AdditivityOptions) -> list[Setting]:
     return found
 
 
-def metric_words() -> dict[str, str]:
-    """Return every metric that the experiment may have, in words."""
+def metric_words(options: AdditivityOptions | None = None) -> dict[str, str]:
+    """Return every metric that the experiment has with ``options`` (may have, where None), in words."""
+    every: Sequence[int] = get_args(Bits) if options is None else options.bits
+    kinds = COMPOSITIONS if options is None else {kind: COMPOSITIONS[kind] for kind in options.compositions}
+    latents = LATENTS if options is None else [bits for bits in options.latents if bits != FULL]
+    plain = options is None or FULL in options.latents
     words = {
         "dense_nll": "of the unchanged model, nats per token",
         "delta_l": "low rank alone: nats per token lost",
     }
-    every: list[int] = [2, 3, 4, 6, 8]
     for bits in every:
         words[f"delta_q_w{bits}"] = f"rounding to {bits} bits alone: nats per token lost"
-        words[f"delta_sum_w{bits}"] = f"low rank alone and {bits} bits alone, losses added"
-        for kind, what in COMPOSITIONS.items():
+        if plain:
+            words[f"delta_sum_w{bits}"] = f"low rank alone and {bits} bits alone, losses added"
+        for kind, what in kinds.items() if plain else ():
             words[f"delta_{kind}_w{bits}"] = f"{what}, {bits} bits: nats per token lost"
             words[f"gap_{kind}_w{bits}"] = f"{what}, {bits} bits: nats beyond the sum of both alone"
-            words[f"tensor_gap_{kind}_w{bits}"] = (
-                f"{what}, {bits} bits: weight error beyond the sum, relative"
-            )
-            words[f"dot_gap_{kind}_w{bits}"] = f"{what}, {bits} bits: output error beyond the sum, relative"
             for level, of in (("tensor", "weight"), ("dot", "output")):
+                words[f"{level}_gap_{kind}_w{bits}"] = (
+                    f"{what}, {bits} bits: {of} error beyond the sum, relative"
+                )
                 words[f"{level}_ratio_{kind}_w{bits}"] = (
                     f"{what}, {bits} bits: squared {of} error over the sum of both squared errors; 1 if orthogonal"
                 )
-        for latents in LATENTS:
-            for kind in SPLITS:
-                name = f"delta_{kind}_w{bits}l{latents}"
-                words[name] = f"{COMPOSITIONS[kind]}, {bits} bits, latents {latents}: nats per token lost"
+        for rounded in latents:
+            for kind in (kind for kind in SPLITS if kind in kinds):
+                name = f"delta_{kind}_w{bits}l{rounded}"
+                words[name] = f"{COMPOSITIONS[kind]}, {bits} bits, latents {rounded}: nats per token lost"
     return words
