@@ -24,11 +24,24 @@ SLACK = 1.15
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the estimate counts with: of a model's parts (bytes and numbers of values) and of the texts."""
+    """What the estimate counts with, in numbers of values; ``item`` is the bytes of one.
+
+    Attributes:
+        layers: how many there are.
+        layer: parameters of the largest.
+        largest: of its largest linear.
+        inputs: of the linear with most.
+        widest: inputs or outputs of a linear, whichever are most.
+        hidden, vocabulary: of the model.
+        embedding: all parameters outside the layers.
+        item: bytes per value.
+        whole: all parameters.
+    """
 
     layers: int
     layer: int
-    linear_inputs: tuple[int, ...]
+    largest: int
+    inputs: int
     widest: int
     hidden: int
     vocabulary: int
@@ -68,7 +81,8 @@ def sizes(model: Any, dtype: torch.dtype) -> Sizes:
     return Sizes(
         len(layers),
         max(per_layer),
-        tuple(columns for _, columns in shapes),
+        max((rows * columns for rows, columns in shapes), default=0),
+        max((columns for _, columns in shapes), default=0),
         max((max(shape) for shape in shapes), default=text.hidden_size),
         text.hidden_size,
         text.vocab_size,
@@ -89,8 +103,10 @@ def need(
     whole: bool,
     batch_size: int,
     in_memory: bool,
+    processes: int = 1,
+    held: int = 0,
 ) -> Need:
-    """Return what a run needs.
+    """Return what a run needs, its memory in each process.
 
     Args:
         size: of the model.
@@ -100,16 +116,19 @@ def need(
         statistics: how many transforms look at activations.
         whole: whether a transform needs the whole model alive first.
         batch_size, in_memory: the settings to count with.
+        processes: that share the texts.
+        held: bytes of memory that the source of the weights takes.
     """
     streams = calibration * (2 if dense else 1) + evaluation * 2
     hidden = streams * size.hidden * size.item
     window = max(options.window if calibration else 0, options.evaluation_window if evaluation else 0)
     batch = batch_size * window
-    # A layer's weights, a float32 copy of the widest linear being changed, and what it becomes.
-    layer = size.layer * size.item * 2 + 3 * 4 * size.widest * max(size.linear_inputs, default=size.hidden)
+    # A layer's weights, three float32 copies of its largest linear while that is changed, and what it becomes.
+    layer = size.layer * size.item * 2 + 3 * 4 * size.largest
     # Second moments in float64, of which a factorisation holds three.
-    moments = 3 * 8 * max(size.linear_inputs, default=0) ** 2 if statistics else 0
-    working = batch * (6 * size.widest + 12 * size.hidden) * max(size.item, 4)
+    moments = 3 * 8 * size.inputs**2 if statistics else 0
+    # Gate, up, their product and its input; hidden states in float32, as norms compute them.
+    working = batch * (4 * size.widest * size.item + 6 * size.hidden * 4)
     head = size.embedding * size.item + window * size.vocabulary * 4 * 3
     stages = {"layer": layer + moments + working, "embedding and head": head}
     if whole:
@@ -119,9 +138,13 @@ def need(
     stage = max(stages, key=stages.__getitem__)
     parts = {
         "process": int(PROCESS),
-        "hidden states": int(hidden * SLACK) if in_memory else int(2 * batch * size.hidden * size.item),
+        "hidden states": int(
+            hidden / processes * SLACK if in_memory else 2 * batch * size.hidden * size.item
+        ),
         stage: int(stages[stage] * SLACK),
     }
+    if held:
+        parts["this process's part of the model"] = held
     passes = calibration * (1 + statistics + (1 if dense else 0)) + 2 * evaluation
     operations = 2.0 * (passes * size.layer * size.layers + 2 * evaluation * size.vocabulary * size.hidden)
     disk = size.whole * size.item + 2 * hidden
