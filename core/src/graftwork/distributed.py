@@ -5,8 +5,9 @@ Every function also works in a single process, where torch.distributed is not in
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ def meet() -> None:
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Have met the others meanwhile; a process that was started alone is by itself again afterwards."""
+    alone = not active() and "WORLD_SIZE" not in os.environ
+    meet()
+    try:
+        yield
+    finally:
+        if alone:
+            torch.distributed.destroy_process_group()
 
 
 def leave() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 import pytest
 import torch
 from graftwork import PluginError, UserError
+from graftwork.console import Console
+from graftwork.recipe import expand
 from graftwork.testing.models import tiny_checkpoint, tiny_tokenizer
 from graftwork.transform.engine import Engine, Outcome, Texts
 from graftwork.transform.feedback import round_with_feedback
 from graftwork.transform.hadamard import hadamard, random_signs
+from graftwork.transform.job import prepare, run_transform
 from graftwork.transform.modules import CompressedLinear
 from graftwork.transform.quantizer import quantize_weight
 from graftwork.transform.scheme import WeightScheme
 from graftwork.transform.source import CheckpointSource, ModelSource
+from graftwork.yaml_lines import Document
 from graftwork_bdq.options import BdqOptions
 from graftwork_bdq.plugin import Bdq
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 Make = Callable[..., Any]
 
@@ -39,7 +45,7 @@ def transforms(bdq: Bdq) -> list[tuple[str, Any]]:
 
 
 def engine(source: Any, bdq: Bdq, **given: Any) -> Engine:
-    given = {"texts": texts(), "batch_size": 4, **given}
+    given = {"texts": texts(), "batch_size": 4, "score_calibration": True, **given}
     return Engine(source, transforms(bdq), given.pop("texts"), **given)
 
 
@@ -173,6 +179,7 @@ def test_learning_block_by_block_lowers_the_blocks_loss(make: Make, propagate: b
     )
     for layer in found.layers:
         figures = layer.linears[""]
+        assert figures["block_loss_raised"] == 0
         assert figures["block_loss_after"] < 0.95 * figures["block_loss_before"]  # type: ignore[operator]
 
 
@@ -182,6 +189,7 @@ def test_learning_that_does_harm_is_taken_back(make: Make) -> None:
     found = outcome(make(1), **given, learn="block", steps=3, lr=50.0, clip_lr=50.0)
     for layer in found.layers:
         assert layer.linears[""]["block_loss_after"] == layer.linears[""]["block_loss_before"]
+        assert layer.linears[""]["block_loss_raised"] == 1
     # The start, with clip factors of 0.982, is what is folded.
     assert found.layers[0].error == pytest.approx(start.layers[0].error, rel=1e-2)
     running = engine(
@@ -231,6 +239,78 @@ def test_what_was_learned_on_tokens_is_what_is_folded(make: Make) -> None:
     first, last = (running.prepared["bdq"][f"loss.{when}"].item() for when in ("first", "last"))
     assert found.calibration_nll is not None
     assert abs(found.calibration_nll - last) < 0.1 * (first - last)
+
+
+# ---------------------------------------------------------------------- as a job
+
+
+def job(model: Path, **options: Any) -> Any:
+    tree = {
+        "model": str(model),
+        "transform": {
+            "calibration": "random",
+            "samples": 6,
+            "window": 24,
+            "evaluation": ["random"],
+            "evaluation_window": 24,
+            "evaluation_windows": 5,
+        },
+        "plugins": {"bdq": options},
+    }
+    return expand(Document(tree, {}, "test")).jobs[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "scheme": "W4A4KV4",
+            "learn": "block",
+            "steps": 2,
+            "rotation": "hadamard+learned",
+            "learned_block": 16,
+        },
+        {"scheme": "W3A16", "group": 16, "rotation": "none"},
+    ],
+    ids=["rotated", "folded"],
+)
+def test_what_is_written_loads_and_computes_the_same(
+    make: Make, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    make(1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    spec = job(tmp_path / "model", **options)
+    console = Console(enabled=False)
+    result = run_transform(spec, tmp_path / "run", console=console)
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    ours = config["quantization_config"]["quant_method"] == "graftwork"
+    assert ours == (options["rotation"] != "none")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    ids = prepare(spec, tmp_path, console).windows.evaluation[0]
+    with torch.no_grad():
+        logits = loaded(input_ids=ids).logits[:, :-1].double()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert result["metrics"]["nll"] == pytest.approx(nll, abs=1e-5)
+    if "learn" in options:
+        assert result["metrics"]["block_loss_after"] <= result["metrics"]["block_loss_before"]
+    assert 0 < result["metrics"]["weight_error"] < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "needs", "dense"),
+    [
+        ({"scheme": "W4A16", "quantizer": "rtn", "diag": "none"}, "none", False),
+        ({"scheme": "W16A4", "quantizer": "gptq", "init": "identity"}, "none", False),
+        ({"scheme": "W4A16", "init": "identity"}, "activations", False),
+        ({"scheme": "W4A16", "quantizer": "rtn"}, "activations", False),
+        ({"scheme": "W4A16", "quantizer": "rtn", "diag": "none", "learn": "block"}, "activations", True),
+        ({"learn": "token"}, "end_to_end", False),
+    ],
+)
+def test_it_asks_for_what_it_looks_at(options: dict[str, Any], needs: str, dense: bool) -> None:
+    ((_, transform),) = transforms(plugin(**options))
+    assert (transform.needs, transform.dense) == (needs, dense)
+    assert (transform.prepare is not None) == (needs == "end_to_end")
 
 
 # ---------------------------------------------------------------------- going on after a cut

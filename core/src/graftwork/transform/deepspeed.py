@@ -18,6 +18,7 @@ import torch
 from graftwork.distributed import meet, rank_and_world, started
 from graftwork.errors import UserError
 from graftwork.files import temporary_folder
+from graftwork.hookspecs import WeightTransform
 from graftwork.models import auto_class
 from graftwork.train.deepspeed import parsed
 from graftwork.transform.source import CheckpointSource
@@ -29,6 +30,22 @@ _TRAINING_ZERO = ("offload_optimizer", "zero_quantized_weights", "zero_quantized
 # The trainer's: how a batch is made up of those of the processes, which here are not DeepSpeed's concern.
 _BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_NO_WHOLE = (
+    "{} learns from the whole model, and transform.deepspeed leaves no process with it; run it without"
+)
+
+
+def check_partitioned(transforms: Sequence[tuple[str, WeightTransform]]) -> None:
+    """Refuse transforms that read or change the weights of the whole model, which are nowhere whole.
+
+    Raises:
+        UserError: with the plugin.
+    """
+    for plugin, transform in transforms:
+        if transform.prepare is not None:
+            raise UserError(_NO_WHOLE.format(f"plugin '{plugin}'"))
 
 
 def inference_config(
@@ -168,10 +185,7 @@ class DeepSpeedSource:
         return found
 
     def whole(self) -> Any:
-        raise UserError(
-            f"a plugin of this run learns from the whole model, and {KEY} leaves no process with it; run it without "
-            f"{KEY}"
-        )
+        raise UserError(_NO_WHOLE.format("a plugin of this run"))
 
     def _held(self, values: int, processes: int) -> int:
         """Return the bytes of this process's memory that its part of the model takes."""

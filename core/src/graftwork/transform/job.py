@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import torch
 
 from graftwork import memory
 from graftwork.console import Console
+from graftwork.distributed import barrier, from_main, started, together
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
 from graftwork.hookspecs import WeightTransform
@@ -25,6 +26,7 @@ from graftwork.run import Run
 from graftwork.train.checkpoints import read_json
 from graftwork.transform import limits, unchanged
 from graftwork.transform.calibration import Windows, read_windows
+from graftwork.transform.deepspeed import DeepSpeedSource, check_partitioned
 from graftwork.transform.engine import Engine, Outcome, Texts
 from graftwork.transform.format import checkpoint_config
 from graftwork.transform.metrics import measurement, metric_words
@@ -86,7 +88,9 @@ def check_transform(spec: JobSpec) -> None:
 def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
     """Read configs, headers and texts; choose how to run."""
     job = spec.job
-    run = Run(directory, job, Plugins.from_options(job.plugins, where=f"{spec.where}: "), console=console)
+    rank, world = started()
+    plugins = Plugins.from_options(job.plugins, where=f"{spec.where}: ")
+    run = Run(directory, job, plugins, rank, world, console)
     options = job.transform or TransformOptions.model_validate({})
     run.plugins.call("check", run=run)
     transforms = transforms_of(run)
@@ -98,9 +102,16 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
         )
     trust = job.model.trust_remote_code
     source = open_source(job, options)
+    if options.deepspeed is not None:
+        check_partitioned(transforms)
     config = load_config(job.model.ref, trust_remote_code=trust)
     tokenizer = load_tokenizer(job.model.ref, trust_remote_code=trust)
     windows = read_windows(options, tokenizer, config, job.seed)
+    if windows.calibration is not None and len(windows.calibration) < world:
+        raise UserError(
+            f"{len(windows.calibration)} calibration windows cannot be shared by {world} processes; set "
+            f"transform.samples higher, or start fewer"
+        )
     size = limits.sizes(source.skeleton(), source.dtype)
 
     def need(batch_size: int, in_memory: bool) -> limits.Need:
@@ -114,6 +125,8 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
             whole=any(t.prepare is not None for _, t in transforms),
             batch_size=batch_size,
             in_memory=in_memory,
+            processes=world,
+            held=source.held,
         )
 
     wanted = need(options.batch_size, options.activations != "disk")
@@ -122,9 +135,10 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
 
 def open_source(job: Job, options: TransformOptions) -> Source:
     """Return where the weights come from: the files, or a model that DeepSpeed has partitioned."""
-    return CheckpointSource(
-        job.model.ref, dtype=job.model.dtype, trust_remote_code=job.model.trust_remote_code
-    )
+    ref, dtype, trust = job.model.ref, job.model.dtype, job.model.trust_remote_code
+    if options.deepspeed is None:
+        return CheckpointSource(ref, dtype=dtype, trust_remote_code=trust)
+    return DeepSpeedSource(ref, options.deepspeed, dtype=dtype, trust_remote_code=trust)
 
 
 def run_transform(
@@ -143,32 +157,38 @@ def run_transform(
     job = spec.job
     finished = read_json(directory / "result.json")
     if finished is not None and resume:
-        run = Run(directory, job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
+        rank, world = started()
+        run = Run(
+            directory, job, Plugins.from_options(job.plugins, where=f"{spec.where}: "), rank, world, console
+        )
         run.open(resume=True, allow_other_versions=allow_other_versions)
         return dict(finished)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (job.transform and job.transform.deepspeed):
+    shared = job.transform is not None and job.transform.deepspeed is not None
+    if started()[1] > 1 and not shared:
         raise UserError(
             f"step '{spec.arm}' streams a checkpoint in one process; start it without torchrun, or set "
             f"transform.deepspeed"
         )
     memory.reset_peak()
-    started = time.perf_counter()
+    begun = time.perf_counter()
     ready = prepare(spec, directory, console)
+    main = ready.run.main
     work = directory / WORK
-    if not work.exists():
+    if main and not work.exists():
         limits.check_disk(ready.need, directory)
     console.say(f"{spec.arm}: {limits.words(ready.need)}")
-    with ready.run.locked():
+    with ready.run.locked(), together() if shared else contextlib.nullcontext():
         ready.run.open(resume=resume, allow_other_versions=allow_other_versions)
-        known = unchanged.find(ready)
+        # The main process refuses for all of them.
+        barrier()
+        known = from_main(unchanged.find(ready) if main else None)
         outcome = engine_of(ready, work, dense=known is None).run()
-        if known is None:
-            unchanged.keep(ready, outcome.dense_nll)
-        else:
+        if known is not None:
             outcome.dense_nll = known
-        size = _finish(ready, work, directory / MODEL, outcome)
+        elif main:
+            unchanged.keep(ready, outcome.dense_nll)
+        size = from_main(_finish(ready, work, directory / MODEL, outcome) if main else 0)
         found = measurement(ready, outcome)
-        write_json_atomic(directory / DETAILS, {"layers": [asdict(one) for one in outcome.layers]})
         result = {
             "name": spec.arm,
             "variant": spec.variant,
@@ -182,14 +202,17 @@ def run_transform(
             "metrics": {
                 **found["metrics"],
                 "size_mb": round(size / 1e6, 3),
-                "seconds": round(time.perf_counter() - started, 3),
+                "seconds": round(time.perf_counter() - begun, 3),
             },
-            "eval_seconds": round(time.perf_counter() - started, 3),
+            "eval_seconds": round(time.perf_counter() - begun, 3),
             "peak_memory_bytes": memory.peak_bytes(),
             "output": MODEL,
         }
-        write_json_atomic(ready.run.result_path, result)
-        shutil.rmtree(work, ignore_errors=True)
+        if main:
+            write_json_atomic(directory / DETAILS, {"layers": [asdict(one) for one in outcome.layers]})
+            write_json_atomic(ready.run.result_path, result)
+            shutil.rmtree(work, ignore_errors=True)
+        barrier()
     return result
 
 

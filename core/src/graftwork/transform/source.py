@@ -22,10 +22,15 @@ SINGLE = "model.safetensors"
 
 
 class Source(Protocol):
-    """What the engine reads weights from, a few at a time."""
+    """What the engine reads weights from, a few at a time.
+
+    ``held``: bytes of this process's memory that it takes all the while. Where several processes share a run, all ask
+    for the same tensors at the same time.
+    """
 
     config: Any
     dtype: torch.dtype
+    held: int
 
     def skeleton(self) -> Any:
         """Return the model with parameters on the meta device and real buffers."""
@@ -57,7 +62,7 @@ class CheckpointSource:
                 f"model '{ref}' is an adapter; merge it into its base model first (PEFT: merge_and_unload), then "
                 f"transform the result"
             )
-        self.ref, self._trust = ref, trust_remote_code
+        self.ref, self._trust, self.held = ref, trust_remote_code, 0
         self.folder = Path(source.path) if source.folder else _downloaded(ref)
         self.config = load_config(ref, trust_remote_code=trust_remote_code)
         check_not_quantized(self.config, ref)
@@ -134,6 +139,7 @@ class ModelSource:
         self.model = model
         self.config = copy.deepcopy(model.config)
         self.dtype = next(model.parameters()).dtype
+        self.held = sum(p.numel() * p.element_size() for p in model.parameters())
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def skeleton(self) -> Any:

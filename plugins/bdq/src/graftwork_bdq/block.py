@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from graftwork import UserError
+from graftwork.distributed import rank_and_world
 from graftwork.transform.block import Block
 from graftwork.transform.kv import kv_attention
 from graftwork.transform.scheme import KVScheme
@@ -23,17 +24,20 @@ LAST_RATE = 1e-3
 Batch = tuple[torch.Tensor, dict[str, Any], torch.Tensor]
 
 
-def train_block(block: Block, layer: LayerTransform, kv: KVScheme) -> tuple[float, float]:
-    """Learn the parameters of ``layer`` on the calibration batches; return the block's loss before and after.
+def train_block(block: Block, layer: LayerTransform, kv: KVScheme) -> tuple[float, float, bool]:
+    """Learn the parameters of ``layer`` on the calibration batches.
+
+    Returns the block's loss before and after, and whether learning had raised it.
 
     The loss of a batch is ``||block_q(x) - block(x)||^2``, divided by its own value so that its size does not matter.
-    What is returned is the sum over all batches, relative to the sum of ``||block(x)||^2``. If learning has raised
-    it, the start is taken again, so the loss after is never larger than that before.
+    The losses that are returned are sums over all batches, relative to the sum of ``||block(x)||^2``. If learning has
+    raised it, the start is taken again, so the loss after is never larger than that before.
 
     Raises:
-        UserError: a loss that is no number, with the block and the step.
+        UserError: several processes, or a loss that is no number, with the block and the step.
     """
     options = layer.options
+    check_alone()
 
     def batches() -> Iterator[Batch]:
         if not options.propagate:
@@ -70,10 +74,21 @@ def train_block(block: Block, layer: LayerTransform, kv: KVScheme) -> tuple[floa
             schedule.step()
             layer.forget()
         after = whole()
-        if not after <= before:
+        raised = not after <= before
+        if raised:
             layer.load_state_dict(start)
-            after = before
-    return before, after
+    return before, before if raised else after, raised
+
+
+def check_alone() -> None:
+    """Refuse to learn in several processes, each of which would learn something else.
+
+    Raises:
+        UserError: there are several.
+    """
+    _, world = rank_and_world()
+    if world > 1:
+        raise UserError(f"plugins.bdq.learn works in one process and this run has {world}; set it to none")
 
 
 def optimizer_for(

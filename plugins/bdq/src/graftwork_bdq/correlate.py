@@ -1,7 +1,9 @@
 """``python -m graftwork_bdq.correlate FOLDER...``: does flatness tell the error? Spearman's rank correlation.
 
 Reads every ``transform.json`` under the folders, which `trainer transform` and `trainer run` leave there. A layer's
-error is that of its output; its flatness, ``1 - H / ln N`` of its weights and of its inputs after the change.
+error is that of its output; its flatness, ``1 - H / ln N`` of its weights and of its inputs after the change. For the
+single linears of BDQ it is the flatness of the weight that was rounded against its output's error (gptq), else against
+its own.
 """
 
 from __future__ import annotations
@@ -44,15 +46,24 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return top / math.sqrt(size) if size else math.nan
 
 
-def points(layers: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Return flatness and error of the layers of one transform.json, by what the flatness is of."""
-    found: dict[str, tuple[list[float], list[float]]] = {"weights": ([], []), "inputs": ([], [])}
+Points = dict[str, tuple[list[float], list[float]]]
+KINDS = ("weights", "inputs", "linears")
+
+
+def points(layers: Sequence[dict[str, Any]]) -> Points:
+    """Return flatness and error of the layers, and of their linears, of one transform.json."""
+    found: Points = {kind: ([], []) for kind in KINDS}
     for layer in layers:
-        for what, (flat, errors) in found.items():
-            pair, error = layer.get(f"{what}_flatness"), layer.get("error")
+        for kind in ("weights", "inputs"):
+            pair, error = layer.get(f"{kind}_flatness"), layer.get("error")
             if pair is not None and error is not None:
-                flat.append(pair[1])
-                errors.append(error)
+                found[kind][0].append(pair[1])
+                found[kind][1].append(error)
+        for linear in layer.get("linears", {}).values():
+            error = linear.get("output_error", linear.get("weight_error"))
+            if "concentration" in linear and error is not None:
+                found["linears"][0].append(linear["concentration"])
+                found["linears"][1].append(error)
     return found
 
 
@@ -66,8 +77,8 @@ def report(folders: Sequence[Path]) -> list[str]:
     if not files:
         raise UserError(f"no transform.json under {', '.join(map(str, folders))}; name the folder of a run")
     width = max(len(str(file.parent)) for file in files)
-    every: dict[str, tuple[list[float], list[float]]] = {"weights": ([], []), "inputs": ([], [])}
-    lines = [f"{'run':{width}}  layers  weights   inputs"]
+    every: Points = {kind: ([], []) for kind in KINDS}
+    lines = [f"{'run':{width}}  layers" + "".join(f"{kind:>9}" for kind in KINDS)]
     for file in files:
         try:
             found = points(json.loads(file.read_text(encoding="utf-8"))["layers"])
@@ -93,9 +104,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _line(name: str, found: dict[str, tuple[list[float], list[float]]], width: int) -> str:
-    values = [spearman(*found[what]) for what in ("weights", "inputs")]
-    return f"{name:{width}}  {len(found['weights'][0]):6d}  {values[0]:+7.3f}  {values[1]:+7.3f}"
+def _line(name: str, found: Points, width: int) -> str:
+    values = "".join(f"{spearman(*found[kind]):+9.3f}" for kind in KINDS)
+    return f"{name:{width}}  {len(found['weights'][0]):6d}{values}"
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def energy_sigma(inputs: torch.Tensor, weights: torch.Tensor, floor: float = FLO
 
     ``inputs`` and ``weights`` (d) are the energies ``sum_t X_tj^2`` and ``sum_i W_ij^2``. After a rotation that
     flattens both, the output error is proportional to ``||X s||_F^2 ||W / s||_F^2``. By Cauchy-Schwarz this s makes it
-    least, ``(sum_j ||X_:j|| ||W_:j||)^2``. Norms below ``floor`` times their mean are lifted to it, so a channel that is
-    never used gets no boundless scale.
+    least, ``(sum_j ||X_:j|| ||W_:j||)^2``. Norms below ``floor`` times their mean are lifted to it, so that a channel
+    that is never used gets no boundless scale.
     """
     return _centred((_norms(weights, floor).log() - _norms(inputs, floor).log()) / 2)
 

@@ -54,7 +54,7 @@ def transformed(
     """Return the weight (out x in) for inputs that were scaled and rotated and outputs that shall be.
 
     ``into`` (in) and ``out`` (out) are the scales of inputs and outputs, ``turned_into`` and ``turned_out`` the sizes
-    of the Hadamard blocks that inputs and outputs are turned by after their scales, and ``rotation`` is the place's own.
+    of the Hadamard blocks that inputs and outputs are turned by after their scales, ``rotation`` is the place's own.
     """
     if into is not None:
         weight = weight / into

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from graftwork import LossTerm, UserError, WeightTransform, hookimpl
+from graftwork.transform.kv import check_kv
 from graftwork.transform.scheme import KVScheme
 
 from graftwork_bdq.block import train_block
-from graftwork_bdq.flatness import concentration
 from graftwork_bdq.layer import LayerTransform
 from graftwork_bdq.options import BdqOptions
 from graftwork_bdq.rounding import FIGURES, round_layer
@@ -45,12 +45,13 @@ class Bdq:
     @hookimpl
     def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
         options = self.options
-        counts = options.start != "identity" or (options.quantizer == "gptq" and options.weights.rounds)
+        feeds_back = options.quantizer == "gptq" and options.weights.rounds
+        looks = options.start != "identity" or options.learn == "block" or feeds_back
         return [
             WeightTransform(
                 "bdq",
                 self.transform,
-                needs="end_to_end" if options.learn == "token" else "activations" if counts else "none",
+                needs="end_to_end" if options.learn == "token" else "activations" if looks else "none",
                 dense=options.learn == "block",
                 prepare=self.prepare if options.learn == "token" else None,
                 figures=FIGURES,
@@ -59,23 +60,24 @@ class Bdq:
 
     def prepare(self, whole: Whole) -> Mapping[str, torch.Tensor]:
         """Learn end to end."""
+        check_kv(whole.model, self.kv)
         return learn_tokens(whole, self.options, self.kv)
 
     def transform(self, block: Block) -> None:
         """Start or load scales and rotations of one block, learn, fold, round."""
         options = self.options
+        check_kv(block.model, self.kv)
         layer = self.start(block)
-        for name in layer.linears():
-            block.record(name, concentration_before=concentration(block.get(name).weight).item())
         for name in layer.places:
             place = layer.place(name)
             block.record(place.place.linears[0], scale_spread=place.diagonal().std(unbiased=False).item())
         if options.learn == "block":
-            before, after = train_block(block, layer, self.kv)
-            block.record("", block_loss_before=before, block_loss_after=after)
+            before, after, raised = train_block(block, layer, self.kv)
+            block.record(
+                "", block_loss_before=before, block_loss_after=after, block_loss_raised=float(raised)
+            )
         layer.fold()
-        if self.kv.rounds:
-            block.set_kv(self.kv)
+        block.set_kv(self.kv)
         round_layer(block, layer)
 
     def start(self, block: Block) -> LayerTransform:

@@ -12,13 +12,12 @@ from graftwork_bdq.flatness import concentration
 from graftwork_bdq.layer import LayerTransform, PlaceTransform
 
 FIGURES = {
-    "concentration_before": "weights: 1 + F / ln N, 0 where all are equally large",
-    "concentration_after": "the same of the weights that are rounded",
     "weight_error": "squared error of the rounded weights relative to their square",
     "output_error": "squared error of a linear's output by its weights, relative to the output's square (gptq)",
     "scale_spread": "standard deviation of ln s at a place",
     "block_loss_before": "learn: block: squared error of the block relative to its output's square, before learning",
     "block_loss_after": "the same after",
+    "block_loss_raised": "share of the blocks whose loss learning raised; these took their start again",
 }
 
 
@@ -104,7 +103,7 @@ def _record(
     wrong = weight.double() - rounded.dequantized(torch.float64)
     size = float(weight.double().square().sum())
     found = {
-        "concentration_after": float(concentration(weight)) if size else 0.0,
+        "concentration": float(concentration(weight)) if size else 0.0,
         "weight_error": float(wrong.square().sum()) / size if size else 0.0,
     }
     if moments is not None:

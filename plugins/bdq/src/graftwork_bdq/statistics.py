@@ -76,7 +76,10 @@ def of_block(block: Block, options: BdqOptions) -> Mapping[str, Statistics]:
         with gatherer.watching(block.module, found, block.name), torch.no_grad():
             for hidden, kwargs in block.batches():
                 block.run(hidden, kwargs)
-        return gatherer.result()
+        return {
+            place: Statistics(block.reduced(one.energy, torch.add), block.reduced(one.largest, torch.maximum))
+            for place, one in gatherer.result().items()
+        }
     names = {place.name: place.linears[0] for place in found}
     if options.start == "energy":
         energy = block.energy(list(names.values()))

@@ -15,7 +15,7 @@ from graftwork.transform.structure import find_layers, places
 from graftwork.transform.whole import Whole
 from torch.nn import functional as F
 
-from graftwork_bdq.block import forever, optimizer_for, rounded_cache
+from graftwork_bdq.block import check_alone, forever, optimizer_for, rounded_cache
 from graftwork_bdq.layer import LayerTransform
 from graftwork_bdq.loss import RceLoss
 from graftwork_bdq.options import BdqOptions
@@ -30,8 +30,9 @@ def learn_tokens(whole: Whole, options: BdqOptions, kv: KVScheme) -> dict[str, t
     the mean losses over all windows before and after; if learning has raised it, the start is taken again.
 
     Raises:
-        UserError: a loss that is no number, with the step.
+        UserError: several processes, or a loss that is no number, with the step.
     """
+    check_alone()
     model = whole.model
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)

@@ -20,7 +20,7 @@ from graftwork.transform.structure import leave
 from torch import nn
 
 from graftwork_dam.adhesive import normalised, power_split
-from graftwork_dam.choose import Problem, choose
+from graftwork_dam.choose import Choice, Problem, choose
 from graftwork_dam.compress import targets
 from graftwork_dam.errors import dot_norm, tensor_norm
 from graftwork_dam.factor import Factors, choose_rank, factorise
@@ -165,6 +165,7 @@ class LinearStudy:
         self.norms = tensor_norm(layer.weight), dot_norm(layer.weight, layer.moments)
         self._factors: dict[int | None, Factors] = {}
         self._whole: dict[int, Stored] = {}
+        self._best: dict[tuple[float | None, int, int], Choice] = {}
 
     def made(self, one: Setting) -> Made:
         """Return the weight in a setting."""
@@ -187,9 +188,14 @@ class LinearStudy:
         factors = self._of_weight(None, one)
         if one.kind in POWERS:
             return self._split(factors, power_split(factors.values, POWERS[one.kind]), rounder)
-        steps = self.options.learn.steps if one.kind == "learned" else 0
+        learn = self.options.learn
         problem = Problem(layer, factors, rounding(self.options, one))
-        chosen = choose(problem, "grid", rounder, steps=steps, lr=self.options.learn.lr)
+        key = (one.ratio, bits, one.latents)
+        if key not in self._best:
+            self._best[key] = choose(problem, "grid", rounder, steps=0, lr=learn.lr)
+        chosen = self._best[key]
+        if one.kind == "learned":
+            chosen = choose(problem, chosen.name, rounder, steps=learn.steps, lr=learn.lr)
         return self._split(factors, chosen.log_d, rounder)
 
     def errors(self, made: Made) -> LinearErrors:
