@@ -157,6 +157,19 @@ def test_factors_are_rounded_and_inputs_and_latents_with_them(model: Any) -> Non
     torch.testing.assert_close(factored(x), expected)
 
 
+def test_the_kv_cache_is_rounded_in_every_layer(model: Any) -> None:
+    seen: list[Any] = []
+
+    def looks(block: Block) -> None:
+        dam(scheme="W16A16KV4", targets=["model.layers.1.mlp.*"])(block)
+        seen.append(block.kv)
+
+    rounded = transform(model, looks)
+    assert [scheme.bits for scheme in seen] == [4, 4]
+    plain, _ = compressed(model, scheme="W16A16", targets=["model.layers.1.mlp.*"])
+    assert max(abs(a - b) for a, b in zip(rounded.nll, plain.nll, strict=True)) > 1e-4
+
+
 def test_merged_is_what_the_factors_make(model: Any) -> None:
     outcome, seen = compressed(model)
     merged, kept = compressed(model, format="merged")
@@ -388,7 +401,11 @@ def test_few_calibration_tokens_are_told(model: Any) -> None:
         ({"ratio": 1.1}, "less than or equal to 1"),
         ({"latent_bits": 4, "place": "input"}, "latent_bits = 4 needs a diagonal between the factors"),
         ({"latent_bits": 12}, "latents have 2 to 8 bits, or 16"),
-        ({"latent_bits": 4, "quantizer": "none"}, "rounded by the plugin that comes after"),
+        ({"latent_bits": 4, "quantizer": "none"}, "the latents are rounded by the plugin that comes after"),
+        (
+            {"scheme": "W4A16KV4", "quantizer": "none"},
+            "the KV cache is rounded by the plugin that comes after",
+        ),
         ({"latent_bits": 4, "format": "merged"}, "format: merged makes one matrix"),
         ({"latent_bits": 4, "order": "q_of_l"}, "order: q_of_l makes one matrix"),
         ({"place": "input", "init": "p0"}, "place: input has no diagonal there"),

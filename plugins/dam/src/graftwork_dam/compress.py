@@ -46,6 +46,9 @@ def compress_block(block: Block, options: DamOptions) -> None:
     Raises:
         UserError: a pattern that fits nothing, linears that are factored or rounded already, a rank that does not fit.
     """
+    if options.kv.rounds:
+        # First, so that what the later linears read is what they will read.
+        block.set_kv(options.kv)
     modules = targets(block, options.targets)
     if not modules:
         return

@@ -98,8 +98,9 @@ class DamOptions(QuantizeOptions):
                 f"latent_bits = {self.latent_bits} needs a diagonal between the factors, and place: input has none; "
                 f"take place: rank or both"
             )
-        if rounded and self.quantizer == "none":
-            raise ValueError("with quantizer: none the latents are rounded by the plugin that comes after")
+        if self.quantizer == "none" and (rounded or self.kv.rounds):
+            what = "the latents are" if rounded else "the KV cache is"
+            raise ValueError(f"with quantizer: none {what} rounded by the plugin that comes after")
         if rounded and (self.order == "q_of_l" or self.format == "merged"):
             one = "order: q_of_l" if self.order == "q_of_l" else "format: merged"
             raise ValueError(
