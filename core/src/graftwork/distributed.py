@@ -41,8 +41,7 @@ def meet() -> None:
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group(backend)
     else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, init_method="tcp://localhost:0", rank=0, world_size=1)
 
 
 @contextlib.contextmanager

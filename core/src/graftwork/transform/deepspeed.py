@@ -264,7 +264,7 @@ def _quiet() -> None:
 
 @contextlib.contextmanager
 def _local_rank() -> Iterator[None]:
-    """Tell DeepSpeed the number of a process that was started alone, and nobody else, who would take it for torchrun's."""
+    """Tell DeepSpeed the number of a process that was started alone; others would take it for torchrun's."""
     if "LOCAL_RANK" in os.environ:
         yield
         return

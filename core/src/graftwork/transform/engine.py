@@ -272,7 +272,8 @@ class Engine:
         found = hashlib.sha256()
         for key in sorted(tensors):
             found.update(key.encode())
-            found.update(tensors[key].detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+            raw = tensors[key].detach().to("cpu").contiguous().flatten().view(torch.uint8)
+            found.update(raw.numpy().data)
         digests = gather_objects(found.hexdigest())
         other = next((rank for rank, one in enumerate(digests) if one != digests[0]), None)
         if other is not None:
