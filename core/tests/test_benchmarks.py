@@ -232,7 +232,7 @@ def test_a_recipe_of_evaluations_and_a_training_step(tmp_path: Path) -> None:
     manifest = json.loads((output / "after" / "manifest.json").read_text())
     assert manifest["job"]["model"]["ref"] == str(output / "taught")
     page = (output / "report.html").read_text()
-    assert "What the benchmarks found" in page
+    assert "What was measured" in page
     assert "F1 with the context" in page
     again = CliRunner().invoke(cli, ["run", str(recipe), "--output", str(output), "--resume"])
     assert again.exit_code == run.exit_code

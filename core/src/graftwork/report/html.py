@@ -86,7 +86,7 @@ class _Page:
     def render(self) -> str:
         sections = [
             ("verdict", "What was claimed, and what came out", self.verdict()),
-            ("measured", "What the benchmarks found", self.measured()),
+            ("measured", "What was measured", self.measured()),
             ("comparison", "Comparison", self.comparison()),
             ("scores", "Accuracy on every task, after every task", self.scores()),
             ("curves", "Forgetting, task by task", self.curves()),

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from graftwork.files import write_json_atomic
 from graftwork.hookspecs import WeightTransform
 from graftwork.models import load_config, load_tokenizer
 from graftwork.plugins import Plugins
-from graftwork.recipe import Job, JobSpec
+from graftwork.recipe import Job, JobSpec, ModelOptions
 from graftwork.run import Run
 from graftwork.train.checkpoints import read_json
 from graftwork.transform import limits, unchanged
@@ -30,7 +31,7 @@ from graftwork.transform.deepspeed import DeepSpeedSource, check_partitioned
 from graftwork.transform.engine import Engine, Outcome, Texts
 from graftwork.transform.format import checkpoint_config
 from graftwork.transform.metrics import measurement, metric_words
-from graftwork.transform.options import TransformOptions
+from graftwork.transform.options import RANDOM, TransformOptions
 from graftwork.transform.source import CheckpointSource, Source
 from graftwork.transform.writer import Writer
 
@@ -100,13 +101,10 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
             f"plugin '{plugin}' looks at activations, and no calibration text is set; set "
             f"transform.calibration=FILE (or random, to try)"
         )
-    trust = job.model.trust_remote_code
     source = open_source(job, options)
     if options.deepspeed is not None:
         check_partitioned(transforms)
-    config = load_config(job.model.ref, trust_remote_code=trust)
-    tokenizer = load_tokenizer(job.model.ref, trust_remote_code=trust)
-    windows = read_windows(options, tokenizer, config, job.seed)
+    windows = _windows(job, options)
     if windows.calibration is not None and len(windows.calibration) < world:
         raise UserError(
             f"{len(windows.calibration)} calibration windows cannot be shared by {world} processes; set "
@@ -131,6 +129,21 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
 
     wanted = need(options.batch_size, options.activations != "disk")
     return Prepared(run, options, transforms, source, windows, limits.fitted(wanted, options, need))
+
+
+def _windows(job: Job, options: TransformOptions) -> Windows:
+    """Return the windows of a job; the arms of a recipe mostly share them, and then they are tokenised once."""
+    files = [Path(text) for text in (options.calibration, *options.evaluation) if text and text != RANDOM]
+    stamps = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in files)
+    return _read(job.model.model_dump_json(), options.model_dump_json(), job.seed, stamps)
+
+
+@lru_cache(maxsize=4)
+def _read(model: str, options: str, seed: int, stamps: tuple[int, ...]) -> Windows:
+    asked = ModelOptions.model_validate_json(model)
+    config = load_config(asked.ref, trust_remote_code=asked.trust_remote_code)
+    tokenizer = load_tokenizer(asked.ref, trust_remote_code=asked.trust_remote_code)
+    return read_windows(TransformOptions.model_validate_json(options), tokenizer, config, seed)
 
 
 def open_source(job: Job, options: TransformOptions) -> Source:
@@ -202,7 +215,6 @@ def run_transform(
             "metrics": {
                 **found["metrics"],
                 "size_mb": round(size / 1e6, 3),
-                "seconds": round(time.perf_counter() - begun, 3),
             },
             "eval_seconds": round(time.perf_counter() - begun, 3),
             "peak_memory_bytes": memory.peak_bytes(),

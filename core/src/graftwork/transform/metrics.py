@@ -33,7 +33,6 @@ METRICS = {
     "input_flatness_before": "inputs of the linears",
     "input_flatness_after": "the same after, rotated where they are",
     "size_mb": "all weights of the checkpoint, 10^6 bytes",
-    "seconds": "of the whole job",
 }
 
 
@@ -87,9 +86,7 @@ def measurement(ready: Prepared, outcome: Outcome) -> dict[str, Any]:
     return {
         "benchmark": TRANSFORM,
         "metrics": {name: metrics[name] for name in words if name in metrics},
-        "words": {
-            name: text for name, text in words.items() if name in metrics or name in ("size_mb", "seconds")
-        },
+        "words": {name: text for name, text in words.items() if name in metrics or name == "size_mb"},
         "items": items,
         "lines": [asdict(chart) for chart in _charts(outcome.layers)],
         "notes": notes,
