@@ -74,7 +74,7 @@ def of_block(block: Block, options: BdqOptions) -> Mapping[str, Statistics]:
     if options.exclude_first_token:
         gatherer = Gatherer(skip_first=True)
         with gatherer.watching(block.module, found, block.name), torch.no_grad():
-            for hidden, kwargs in block.batches():
+            for hidden, kwargs in block.batches(share=True):
                 block.run(hidden, kwargs)
         return {
             place: Statistics(block.reduced(one.energy, torch.add), block.reduced(one.largest, torch.maximum))

@@ -104,7 +104,7 @@ def losses_by_moments(
 
 def parent_inputs(block: Block, parent: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield what the module ``parent`` is called with, batch by batch."""
-    for hidden, kwargs in block.batches():
+    for hidden, kwargs in block.batches(share=True):
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def see(module: Any, arguments: Any, named: Any, calls: Any = calls) -> None:

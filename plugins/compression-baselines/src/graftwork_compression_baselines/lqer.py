@@ -134,5 +134,7 @@ class Lqer(WeightPlugin):
         if self.options.scale == "exact":
             assert seen is not None
             return whitener(seen, name=f"{block.name}.{name}")
-        largest = torch.stack([inputs[name].float().abs().mean(0) for inputs in block.inputs(name)]).amax(0)
+        largest = torch.stack(
+            [inputs[name].float().abs().mean(0) for inputs in block.inputs(name, share=True)]
+        ).amax(0)
         return l2qer_scales(block.reduced(largest, torch.maximum))
