@@ -10,7 +10,7 @@ import pytest
 import torch
 from graftwork import UserError
 from graftwork.transform.kv import set_kv
-from graftwork.transform.modules import CompressedLinear, Rotation
+from graftwork.transform.modules import CompressedLinear, Factored, Rotation
 from graftwork.transform.quantizer import fake_quantize_weight
 from graftwork.transform.scheme import KVScheme, WeightScheme
 from graftwork.transform.structure import places
@@ -126,12 +126,42 @@ def test_folded_is_what_was_learned_with(make: Make, ids: torch.Tensor, scheme: 
     for name, module in part.fold().items():
         if part.weights.rounds:
             module.quantized(nearest(module.weight.detach(), part.weights, *part.kept(name)))
-        rounding = activation_scheme(part.reader(name))
+        reader = part.reader(name)
+        assert reader is not None
+        rounding = activation_scheme(reader)
         assert rounding.ratio < 0.98 or not rounding.rounds
         module.activations = rounding if rounding.rounds else None
     size = (learned - before).square().mean()
     assert size > 1e-3 * before.square().mean()
     assert (logits(model, ids) - learned).square().mean() < allowed * size
+
+
+def factor(layer: Any, names: tuple[str, ...]) -> None:
+    """Replace linears by products that are equal to them."""
+    for name in names:
+        linear = layer.get_submodule(name)
+        u, s, v = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        parent, _, last = name.rpartition(".")
+        product = Factored.from_factors((u * s.sqrt()).float(), (s.sqrt()[:, None] * v).float())
+        setattr(layer.get_submodule(parent), last, product)
+
+
+def test_products_of_two_are_scaled_and_rotated_at_their_ends(make: Make, ids: torch.Tensor) -> None:
+    model = make(1, **MILD)
+    before = logits(model, ids)
+    given = options(scheme="W16A16KV4", init="identity", learn="block", rotation="hadamard")
+    for number, layer in enumerate(model.model.layers):
+        factor(layer, ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"))
+        part = shaken(layer, model.config, given, number, 1)
+        assert len(part.linears()) == 11
+        with part.student():
+            assert (logits(model, ids) - before).abs().max() < 1e-4
+        part.fold()
+        assert (logits(model, ids) - before).abs().max() < 1e-4
+    product = model.model.layers[0].mlp.up_proj
+    assert isinstance(product, Factored)
+    assert product.first.rotation is not None
+    assert product.second.rotation is None
 
 
 def test_nearest_has_the_values_of_the_fake_rounding() -> None:
@@ -225,7 +255,7 @@ def test_what_an_earlier_plugin_rotated_rounded_or_factored_is_refused(make: Mak
     for module, match in (
         (CompressedLinear.from_linear(linear, rotation=rotated), "'mlp.down_proj'; bdq does so itself"),
         (CompressedLinear(nearest(linear.weight.detach(), WeightScheme(bits=4))), "is rounded already"),
-        (torch.nn.Sequential(linear), "no single linear any more"),
+        (torch.nn.Sequential(linear), "'mlp.down_proj' is a Sequential"),
     ):
         layer.mlp.down_proj = module
         with pytest.raises(UserError, match=match):

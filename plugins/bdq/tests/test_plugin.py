@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from graftwork import PluginError, UserError
+from graftwork import PluginError, UserError, WeightTransform
 from graftwork.console import Console
 from graftwork.recipe import expand
 from graftwork.testing.models import tiny_checkpoint, tiny_tokenizer
@@ -18,7 +18,7 @@ from graftwork.transform.engine import Engine, Outcome, Texts
 from graftwork.transform.feedback import round_with_feedback
 from graftwork.transform.hadamard import hadamard, random_signs
 from graftwork.transform.job import prepare, run_transform
-from graftwork.transform.modules import CompressedLinear
+from graftwork.transform.modules import CompressedLinear, Factored
 from graftwork.transform.quantizer import quantize_weight
 from graftwork.transform.scheme import WeightScheme
 from graftwork.transform.source import CheckpointSource, ModelSource
@@ -165,6 +165,27 @@ def test_a_rounded_cache_is_asked_for_with_rotated_keys(make: Make) -> None:
     assert plain.quantization is not None
     assert plain.quantization["kv"]["rotate_keys"] is False
     assert found.nll != found.dense_nll
+
+
+@pytest.mark.parametrize("learn", ["none", "block"])
+def test_what_an_earlier_plugin_factored_is_rounded_in_both_factors(make: Make, learn: str) -> None:
+    def factor(block: Any) -> None:
+        for name in ("mlp.up_proj", "mlp.down_proj"):
+            u, s, v = torch.linalg.svd(block.get(name).weight.detach(), full_matrices=False)
+            left, right = u[:, :64] * s[:64].sqrt(), s[:64].sqrt()[:, None] * v[:64]
+            block.replace(name, Factored.from_factors(left, right))
+
+    bdq = Watched(scheme="W4A4", learn=learn, **({"epochs": 4} if learn == "block" else {}))
+    both = [("factor", WeightTransform("factor", factor, needs="none")), *transforms(bdq)]
+    found = Engine(ModelSource(make(1)), both, texts(), batch_size=4).run()
+    _, after, _ = bdq.layers[0]
+    for one in (after.mlp.up_proj.first, after.mlp.up_proj.second, after.self_attn.q_proj):
+        assert one.is_quantized
+        assert one.activations is not None
+    nearest = Watched(scheme="W4A4", quantizer="rtn")
+    both = [("factor", WeightTransform("factor", factor, needs="none")), *transforms(nearest)]
+    worse = Engine(ModelSource(make(1)), both, texts(), batch_size=4).run()
+    assert found.layers[0].error < worse.layers[0].error  # type: ignore[operator]
 
 
 # ---------------------------------------------------------------------- learning

@@ -7,6 +7,9 @@ At a place (q/k/v, o, gate/up, down) with input x (d), scales s and rotation R::
 s is made by what makes x: the norm, or the rows of v_proj or up_proj. Where values are rounded in the cache, the rows
 of v_proj are also turned by a Hadamard matrix per head, and the columns of o_proj with them. The same function,
 :func:`transformed`, makes the weights while they are learned and when they are folded.
+
+A linear that an earlier plugin has factored is two: ``NAME.0`` reads the place's input, ``NAME.1`` writes the output
+and reads numbers in between, which are rounded as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 from graftwork import UserError
 from graftwork.transform.hadamard import hadamard, rotation_block
-from graftwork.transform.modules import CompressedLinear, Rotation
+from graftwork.transform.modules import CompressedLinear, Factored, Rotation
 from graftwork.transform.quantizer import fake_quantize_tokens, fake_quantize_weight
 from graftwork.transform.scheme import ActivationScheme, WeightScheme
 from graftwork.transform.structure import Place, places
@@ -142,7 +145,11 @@ class LearnedLinear(nn.Module):
         name, linear, owner = self._parts
         if not owner.active:
             return linear(x)
-        seen = owner.reader(name).seen(x)
+        reader = owner.reader(name)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        seen = (
+            fake_quantize_tokens(x.to(wide), owner.options.activations) if reader is None else reader.seen(x)
+        )
         weight, bias = owner.weight(name, linear, seen.dtype)
         return F.linear(seen, owner.rounded(name, weight), bias).to(x.dtype)
 
@@ -159,7 +166,7 @@ class LayerTransform(nn.Module):
         rounds: whether weights are rounded while the rest is learned.
 
     Raises:
-        UserError: the layer is of another make, a linear was rotated or factored before, or no rotation fits.
+        UserError: the layer is of another make, a linear was rotated or rounded before, or no rotation fits.
     """
 
     def __init__(
@@ -178,21 +185,25 @@ class LayerTransform(nn.Module):
         self.active = True
         found = places(layer, config)
         parts: dict[str, PlaceTransform] = {}
+        self._reader: dict[str, str] = {}
+        self._writer: dict[str, str] = {}
         for number, place in enumerate(found):
             for name in place.linears:
-                _check_plain(layer.get_submodule(name), name)
+                first, last = ends(layer, name)
+                for one in dict.fromkeys((first, last)):
+                    _check_plain(layer.get_submodule(one), one)
+                self._reader[first], self._writer[name] = place.name, last
             sigma = starting_sigma(layer, place, statistics.get(place.name), options)
-            size = layer.get_submodule(place.linears[0]).weight.shape[1]
+            size = layer.get_submodule(ends(layer, place.linears[0])[0]).weight.shape[1]
             parts[place.name] = PlaceTransform(place, sigma, size, options, seed * 7 + number)
         self.places = nn.ModuleDict(parts)
-        self._reader = {name: place.name for place in found for name in place.linears}
-        self._follower = {place.source: place.name for place in found if place.kind == "linear"}
+        self._follower = {self._writer[place.source]: place.name for place in found if place.kind == "linear"}
         self.turned = _value_block(found, options)
         self.weights: WeightScheme = options.weights
         self.rounds = rounds and self.weights.rounds and options.quantizer != "none"
         self.clips = nn.ParameterDict()
         if options.learns_clips and self.rounds:
-            for name in self._reader:
+            for name in self.linears():
                 rows, columns = layer.get_submodule(name).weight.shape
                 groups = columns // (self.weights.group or columns)
                 self.clips[_key(name)] = nn.Parameter(torch.full((2, rows, groups), CLIP_START))
@@ -206,30 +217,31 @@ class LayerTransform(nn.Module):
         assert isinstance(part, PlaceTransform)
         return part
 
-    def reader(self, linear: str) -> PlaceTransform:
-        """Return the place whose input ``linear`` reads."""
-        return self.place(self._reader[linear])
+    def reader(self, linear: str) -> PlaceTransform | None:
+        """Return the place whose input ``linear`` reads; None for the second factor of a weight."""
+        return self.place(self._reader[linear]) if linear in self._reader else None
 
-    def linears(self) -> tuple[str, ...]:
-        """Return the linears of all places by their names within the layer."""
-        return tuple(self._reader)
+    def linears(self, place: str | None = None) -> tuple[str, ...]:
+        """Return the linears of a place, or of all, by their names within the layer, factors in their order."""
+        (layer,) = self.layer
+        wanted = [place] if place is not None else list(self.places)
+        names = (name for part in wanted for name in self.place(part).place.linears)
+        return tuple(one for name in names for one in dict.fromkeys(ends(layer, name)))
 
     def weight(
         self, name: str, linear: Any, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight and bias of ``linear`` for the scaled and rotated inputs and outputs."""
-        place = self.reader(name)
-        follower = self._follower.get(name)
+        reader, follower = self.reader(name), self._follower.get(name)
         out = None if follower is None else self.place(follower).at_source().to(dtype)
-        into = place.at_input().to(dtype)
         turned_out = self.turned if follower == "o" else None
         weight = transformed(
             linear.weight.to(dtype),
-            into=into,
+            into=None if reader is None else reader.at_input().to(dtype),
             out=out,
-            turned_into=self.turned if place.place.name == "o" else None,
+            turned_into=self.turned if reader is not None and reader.place.name == "o" else None,
             turned_out=turned_out,
-            rotation=place.rotation(),
+            rotation=None if reader is None else reader.rotation(),
         )
         bias = linear.bias
         if bias is None:
@@ -264,7 +276,7 @@ class LayerTransform(nn.Module):
     def student(self) -> Iterator[None]:
         """Let the layer compute with the scales, rotations and rounding as they are now."""
         (layer,) = self.layer
-        originals = {name: layer.get_submodule(name) for name in self._reader}
+        originals = {name: layer.get_submodule(name) for name in self.linears()}
         try:
             for name, linear in originals.items():
                 _put(layer, name, LearnedLinear(name, linear, self))
@@ -298,7 +310,7 @@ class LayerTransform(nn.Module):
         Returns the linears by their names within the layer. Everything is computed in float64.
         """
         (layer,) = self.layer
-        exact = {name: self.weight(name, layer.get_submodule(name)) for name in self._reader}
+        exact = {name: self.weight(name, layer.get_submodule(name)) for name in self.linears()}
         for name in self.places:
             place = self.place(name)
             if place.place.kind == "norm":
@@ -306,7 +318,8 @@ class LayerTransform(nn.Module):
         made = {}
         for name, (weight, bias) in exact.items():
             old = layer.get_submodule(name)
-            rotation = self.reader(name).rotation()
+            reader = self.reader(name)
+            rotation = None if reader is None else reader.rotation()
             made[name] = CompressedLinear(
                 weight.to(old.weight.dtype),
                 None if bias is None else bias.to(old.bias.dtype),
@@ -320,8 +333,13 @@ def starting_sigma(
     layer: nn.Module, place: Place, statistics: Statistics | None, options: BdqOptions
 ) -> torch.Tensor:
     """Return ln s (n, per output channel of the source) before anything is learned."""
-    weights = [layer.get_submodule(name).weight.detach().double() for name in place.linears]
-    stacked = torch.cat(weights)
+    modules = [layer.get_submodule(name) for name in place.linears]
+    stacked = torch.cat(
+        [
+            (one.dense_weight() if isinstance(one, Factored) else one.weight).detach().double()
+            for one in modules
+        ]
+    )
     if options.start == "identity" or options.diag == "none":
         return place.gathered(stacked.new_zeros(stacked.shape[1]))
     assert statistics is not None
@@ -332,6 +350,13 @@ def starting_sigma(
     assert statistics.largest is not None
     sigma = smooth_sigma(statistics.largest, stacked.abs().amax(0), options.alpha)
     return place.gathered(sigma)
+
+
+def ends(layer: nn.Module, name: str) -> tuple[str, str]:
+    """Return the names of the linear that reads the input of ``name`` and of the one that writes its output."""
+    if isinstance(layer.get_submodule(name), Factored):
+        return f"{name}.0", f"{name}.1"
+    return name, name
 
 
 def _value_block(found: list[Place], options: BdqOptions) -> int | None:
@@ -354,7 +379,8 @@ def _check_plain(linear: Any, name: str) -> None:
             f"leave one of them out"
         )
     raise UserError(
-        f"'{name}' is no single linear any more (an earlier plugin factored it?); bdq scales and rotates plain linears"
+        f"'{name}' is a {type(linear).__name__}, put there by an earlier plugin; bdq scales and rotates plain linears "
+        f"and products of two"
     )
 
 

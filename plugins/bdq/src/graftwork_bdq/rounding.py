@@ -71,11 +71,16 @@ def round_layer(block: Block, layer: LayerTransform) -> None:
         return
     feedback = options.quantizer == "gptq" and layer.weights.rounds
     for part in layer.places:
-        place = layer.place(part)
-        first = place.place.linears[0]
-        # All linears of a place read the same, rotated by the same matrix.
-        moments = block.second_moments(first)[first] if feedback else None
-        for name in place.place.linears:
+        shared: torch.Tensor | None = None
+        for name in layer.linears(part):
+            moments = None
+            if feedback and layer.reader(name) is None:
+                # What stands between the factors of a weight is its own.
+                moments = block.second_moments(name)[name]
+            elif feedback:
+                # All others of a place read the same, rotated by the same matrix.
+                shared = block.second_moments(name)[name] if shared is None else shared
+                moments = shared
             weight = block.get(name).dense_weight().detach()
             full = f"{block.name}.{name}"
             high, low = layer.kept(name)
@@ -94,7 +99,12 @@ def round_layer(block: Block, layer: LayerTransform) -> None:
                 rounded = nearest(weight, layer.weights, high, low, full)
             if rounded is not None:
                 _record(block, name, weight, rounded, moments)
-            block.round(name, rounded, activation_scheme(place))
+            block.round(name, rounded)
+        if options.activations.rounds:
+            for name in layer.linears(part):
+                reader = layer.reader(name)
+                scheme = options.activations if reader is None else activation_scheme(reader)
+                block.round(name, None, scheme)
 
 
 def _record(
