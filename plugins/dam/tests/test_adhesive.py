@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -327,3 +330,20 @@ def test_moments_stand_for_all_tokens_where_weights_alone_are_rounded() -> None:
     every = relative_loss(adhered_output(x, factors, log_d, rounding(4)), x @ weight.T)
     torch.testing.assert_close(found, every)
     assert len(Problem(layer, factors, rounding(4, latents=4)).x) == 300
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {
+        "weight": draw(12, 16, dtype=torch.float32),
+        "x": draw(60, 16, seed=1, dtype=torch.float32),
+        "rank": 6,
+        "weight_scheme": WeightScheme(bits=4),
+        "input_scheme": ActivationScheme(bits=16),
+        "latent_scheme": ActivationScheme(bits=4),
+    }
+    exec(code, names)
+    assert names["left"].shape == (12, 6)
+    assert names["right"].shape == (6, 16)
+    assert names["choice"].loss <= names["choice"].start

@@ -43,7 +43,7 @@ class Rounder:
     ) -> tuple[Stored, Stored]:
         """Return both factors as they are stored; the left one sees what the rounded right one makes."""
         stored = self(right, moments, f"{name}.0")
-        wide = values(stored).double()
+        wide, moments = values(stored).double(), moments.double()
         return self(left, wide @ moments @ wide.T, f"{name}.1"), stored
 
 
