@@ -95,3 +95,17 @@ def test_a_transformed_model_writes_text(trainer: Any, model: Path, tmp_path: Pa
         "generate", "--model", str(tmp_path / "run"), "--prompt", "abc", "--set=max_new_tokens=4"
     )
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    "chain", [CHAINS["rtn"], ["rtn.scheme=W4A16"]], ids=["graftwork", "compressed-tensors"]
+)
+def test_rounded_weights_are_not_trained(
+    trainer: Any, model: Path, stream: Path, tmp_path: Path, chain: list[str]
+) -> None:
+    assert trainer(*words(model, tmp_path / "run", chain)).code == 0
+    outcome = trainer(
+        "train", "--model", str(tmp_path / "run"), "--data", str(stream), "--output", str(tmp_path / "t")
+    )
+    assert outcome.code == 2
+    assert "holds rounded weights" in outcome.err

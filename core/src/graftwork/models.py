@@ -171,6 +171,22 @@ def load_config(ref: str, *, inline: dict[str, Any] | None = None, trust_remote_
     return config
 
 
+def check_trainable(config: Any, ref: str) -> None:
+    """Refuse to train a model whose weights were rounded by ``trainer transform``, or for compressed-tensors elsewhere.
+
+    Raises:
+        UserError: with the way out.
+    """
+    found = getattr(config, "quantization_config", None)
+    fields = found if isinstance(found, dict) or found is None else found.to_dict()
+    method = str((fields or {}).get("quant_method", ""))
+    if method in ("compressed-tensors", "graftwork"):
+        raise UserError(
+            f"model '{ref}' holds rounded weights ({method}), which are not trained; train first and transform the "
+            f"result, or write it with transform.format=dense"
+        )
+
+
 def is_encoder_decoder(config: Any) -> bool:
     """Return whether prompts go to an encoder of their own, which the decoder of the answer looks at."""
     return bool(getattr(config, "is_encoder_decoder", False))

@@ -18,7 +18,7 @@ from graftwork.data.tasks import Task
 from graftwork.errors import PluginError, UserError
 from graftwork.evaluate.perplexity import check_model
 from graftwork.hookspecs import SelfPlay, TrainingAlgorithm
-from graftwork.models import build_meta, load_tokenizer
+from graftwork.models import build_meta, check_trainable, load_tokenizer
 from graftwork.plugins import Plugins
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
@@ -180,6 +180,7 @@ class Plan:
         deepspeed.check(run.job.train, run.plugins)
         model = run.job.model
         meta = build_meta(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
+        check_trainable(meta.config, model.ref)
         if not from_plugin:
             check_pairing(run.job.algorithm, meta.config, run.job.data)
         if run.job.evaluate.general.text:

@@ -346,6 +346,9 @@ class Engine:
         for stream in (self.calibration, self.evaluation):
             if stream is not None:
                 stream.start(self.model, done)
+        if not begins:
+            # What is written comes from the source then; two copies of an embedding would be the peak of a run.
+            outer.drop()
         for number, names in ((0, outer.before), (len(self.layers) + 1, outer.after)):
             if self.writer is not None and from_main(bool(done) and self.writer.has(number)):
                 continue

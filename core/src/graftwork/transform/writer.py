@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, write_bytes_atomic, write_json_atomic
+from graftwork.files import atomic_folder, write_json_atomic
 from graftwork.transform.format import index_name
 from graftwork.transform.source import header
 
@@ -46,10 +46,20 @@ class Writer:
         """
         # Two names of one tensor would be stored twice; safetensors refuses them.
         values = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        path = self._path(number)
+        aside = path.with_suffix(".part")
         try:
-            write_bytes_atomic(self._path(number), save(values, metadata={"format": "pt"}))
-        except SafetensorError as error:
-            raise UserError(f"'{self._path(number)}' cannot be written: {error}") from None
+            self.work.mkdir(parents=True, exist_ok=True)
+            # Straight from the tensors: a string of bytes of the largest would be as large again, twice.
+            save_file(values, aside, metadata={"format": "pt"})
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except (SafetensorError, OSError) as error:
+            aside.unlink(missing_ok=True)
+            full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+            reason = "the disk is full" if full else error
+            raise UserError(f"'{path}' cannot be written: {reason}") from None
 
     def read(self, number: int) -> dict[str, torch.Tensor]:
         """Return what file ``number`` holds."""
