@@ -174,7 +174,6 @@ def test_gaps_are_beyond_the_sum_of_both_alone(found: Any, kind: str) -> None:
         assert items[f"{level}_gap_{kind}_w3"] == pytest.approx(gaps)
         shares = [joint[n][index] ** 2 / (low[n][index] ** 2 + alone[n][index] ** 2) for n in joint]
         assert items[f"{level}_ratio_{kind}_w3"] == pytest.approx(shares)
-        # At these levels low rank and rounding never do worse than their sum by more than what rounding adds.
         assert len(gaps) == 14
 
 
