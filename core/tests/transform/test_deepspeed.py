@@ -38,7 +38,11 @@ def test_what_is_left_open_is_filled_in() -> None:
         dtype=torch.bfloat16,
     )
     assert found == {
-        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu"},
+            "memory_efficient_linear": False,
+        },
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},

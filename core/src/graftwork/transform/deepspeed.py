@@ -6,8 +6,10 @@ import contextlib
 import copy
 import importlib
 import importlib.util
+import io
 import logging
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +28,12 @@ from graftwork.transform.source import CheckpointSource
 KEY = "transform.deepspeed"
 # They are for training, which does not happen here, or change weights on the way.
 _TRAINING = ("optimizer", "scheduler", "compression_training", "weight_quantization")
-_TRAINING_ZERO = ("offload_optimizer", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
+_TRAINING_ZERO = (
+    "offload_optimizer",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "memory_efficient_linear",
+)
 # The trainer's: how a batch is made up of those of the processes, which here are not DeepSpeed's concern.
 _BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,6 +93,8 @@ def inference_config(
         _check_nvme(offload, -(-largest // processes), processes)
     for name in _BATCHES:
         config.pop(name, None)
+    # Left on, it would replace torch's own linear for all that comes after.
+    zero = {**zero, "memory_efficient_linear": False}
     return {**config, "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
 
 
@@ -201,10 +210,9 @@ class DeepSpeedSource:
         from transformers.initialization import no_init_weights
 
         meet()
-        _quiet()
         zero = _deepspeed().zero
         settings = self._with_own_folder()
-        with _local_rank(), no_init_weights(), zero.Init(config_dict_or_path=settings):
+        with _quiet(), _local_rank(), no_init_weights(), zero.Init(config_dict_or_path=settings):
             model = auto_class(self.config).from_config(
                 copy.deepcopy(self.config), dtype=self.dtype, trust_remote_code=self._trust
             )
@@ -256,10 +264,15 @@ def _deepspeed(name: str = "deepspeed") -> Any:
     return importlib.import_module(name)
 
 
-def _quiet() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Leave the terminal to our own lines; warnings stay, in the main process."""
     level = logging.WARNING if rank_and_world()[0] == 0 else logging.ERROR
     logging.getLogger("DeepSpeed").setLevel(level)
+    # Meant for DeepSpeed's authors, once per call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager
