@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from graftwork.console import Console
 from graftwork.distributed import barrier, from_main, from_rank, gather_objects, rank_and_world
 from graftwork.errors import PluginError, UserError
-from graftwork.files import write_json_atomic
 from graftwork.hookspecs import WeightTransform
 from graftwork.transform import figures
 from graftwork.transform.activations import Stream
@@ -43,32 +41,11 @@ from graftwork.transform.format import (
 )
 from graftwork.transform.modules import CompressedLinear
 from graftwork.transform.outer import Outer, OuterWeights, set_tied
-from graftwork.transform.scheme import KVScheme
+from graftwork.transform.progress import LayerRecord, Progress
 from graftwork.transform.source import Source, fill
 from graftwork.transform.structure import find_layers, first_tensor, leave, linears
 from graftwork.transform.whole import Whole
 from graftwork.transform.writer import Writer
-
-PROGRESS = "progress.json"
-
-
-@dataclass
-class LayerRecord:
-    """What was measured of one layer.
-
-    ``error`` is the squared error of the layer's output on the first batch, relative to the output's square;
-    flatness as in :func:`graftwork.transform.figures.flatness`; ``bits`` of all that is stored of its linears,
-    ``parameters`` of the linears before.
-    """
-
-    name: str
-    error: float | None = None
-    weights_flatness: tuple[float, float] | None = None
-    inputs_flatness: tuple[float, float] | None = None
-    bits: int = 0
-    parameters: int = 0
-    seconds: float = 0.0
-    linears: dict[str, dict[str, float | str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -145,10 +122,7 @@ class Engine:
         self.layers_name, self.layers = find_layers(self.model)
         self.main = rank_and_world()[0] == 0
         self.writer = Writer(work, len(self.layers)) if work is not None else None
-        self.records: list[LayerRecord] = []
-        self.descriptions: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.kv: KVScheme | None = None
+        self.progress = Progress()
         self.prepared: dict[str, Mapping[str, torch.Tensor]] = {}
         self.outer = OuterWeights(self.model, source, self.device)
         self._kept: dict[str, torch.Tensor] = {}
@@ -182,8 +156,8 @@ class Engine:
             for index in range(done, len(self.layers)):
                 started = time.perf_counter()
                 self._layer(index, bar.set_postfix_str)
-                self.records[-1].seconds = time.perf_counter() - started
-                self._commit(index + 1)
+                self.progress.records[-1].seconds = time.perf_counter() - started
+                self._commit()
                 bar.update(1)
         return self._finish()
 
@@ -217,7 +191,7 @@ class Engine:
             tell(transform.name)
             self._transform(block, plugin, transform)
         record.linears = block.records
-        self.notes += block.notes
+        self.progress.notes += block.notes
         self._same_kv(block)
         tell("passed on")
         last = index + 1 == len(self.layers)
@@ -229,7 +203,7 @@ class Engine:
                 self.evaluation.compute(run)
         self._compare(record, block, reference, figures.mean(seen.values()))
         record.bits = self._written(index, name, module)
-        self.records.append(record)
+        self.progress.records.append(record)
         for stream in self._streams():
             stream.step()
 
@@ -242,7 +216,7 @@ class Engine:
 
     def _written(self, index: int, name: str, module: torch.nn.Module) -> int:
         """Write a layer's file; return the bits of all that is stored of its linears."""
-        self.descriptions.append(describe_layer(name, module))
+        self.progress.descriptions.append(describe_layer(name, module))
         own = {
             child
             for child, one in module.named_modules()
@@ -284,9 +258,11 @@ class Engine:
 
     def _layout_with(self, index: int) -> Layout:
         """Return how layer ``index`` is stored; what was written before it must be readable with it."""
-        layout = layout_of(combine(self.descriptions, self.kv, self.format))
+        layout = layout_of(combine(self.progress.descriptions, self.progress.kv, self.format))
         if index:
-            check_change(layout_of(combine(self.descriptions[:-1], self.kv, self.format)), layout)
+            check_change(
+                layout_of(combine(self.progress.descriptions[:-1], self.progress.kv, self.format)), layout
+            )
         return layout
 
     # ------------------------------------------------------------ before the first layer and after the last
@@ -377,13 +353,13 @@ class Engine:
             calibration = self._nll(self.calibration)
         self.outer.drop()
         return Outcome(
-            self.records,
+            self.progress.records,
             nll,
             dense_nll,
             math.fsum(calibration) / len(calibration) if calibration else None,
-            self.notes,
+            self.progress.notes,
             self.config,
-            combine(self.descriptions, self.kv, self.format),
+            combine(self.progress.descriptions, self.progress.kv, self.format),
         )
 
     def _nll(self, stream: Stream) -> list[float]:
@@ -440,45 +416,37 @@ class Engine:
         return hidden
 
     def _same_kv(self, block: Block) -> None:
-        if block.index and block.kv != self.kv:
+        if block.index and block.kv != self.progress.kv:
             raise UserError(
                 f"'{block.name}' rounds its keys and values otherwise than the layers before it; one KV scheme "
                 f"serves all layers"
             )
-        self.kv = block.kv
+        self.progress.kv = block.kv
 
     # ------------------------------------------------------------ progress
 
-    def _commit(self, done: int) -> None:
+    def _commit(self) -> None:
         if self.work is None:
             return
-        state = {
-            "layers": done,
-            "records": [asdict(record) for record in self.records],
-            "descriptions": self.descriptions,
-            "notes": self.notes,
-            "kv": self.kv.model_dump() if self.kv is not None else None,
-        }
         # All hidden states must be there before the progress says so, and stay until then.
         barrier()
         if self.main:
-            write_json_atomic(self.work / PROGRESS, state)
+            self.progress.save(self.work)
             for stream in self._streams():
                 stream.clean()
 
     def _resumed(self) -> int:
-        """Return how many layers are done, with what is known of them."""
-        path = self.work / PROGRESS if self.work is not None else None
-        if path is None or not path.is_file():
-            if self.main and self.work is not None and (self.work / "hidden").is_dir():
+        """Return how many layers are done."""
+        if self.work is None:
+            return 0
+        found = Progress.load(self.work)
+        if found is None:
+            if self.main and (self.work / "hidden").is_dir():
                 shutil.rmtree(self.work / "hidden")
             barrier()
             return 0
-        state = json.loads(path.read_text(encoding="utf-8"))
-        self.records = [LayerRecord(**record) for record in state["records"]]
-        self.descriptions, self.notes = state["descriptions"], state["notes"]
-        self.kv = KVScheme.model_validate(state["kv"]) if state["kv"] is not None else None
-        return int(state["layers"])
+        self.progress = found
+        return found.layers
 
 
 def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from graftwork.hookspecs import LineChart, WeightTransform
-from graftwork.transform.engine import LayerRecord, Outcome
+from graftwork.transform.engine import Outcome
+from graftwork.transform.progress import LayerRecord
 
 if TYPE_CHECKING:
     from graftwork.transform.job import Prepared
