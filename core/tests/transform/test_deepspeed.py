@@ -16,6 +16,8 @@ from graftwork.testing.models import tiny_checkpoint, tiny_model
 from graftwork.transform import activations
 from graftwork.transform.activations import Stream
 from graftwork.transform.deepspeed import DeepSpeedSource, check_partitioned, inference_config
+from graftwork.transform.limits import Need, need, sizes
+from graftwork.transform.options import TransformOptions
 from graftwork.transform.source import CheckpointSource
 
 installed = pytest.mark.skipif(
@@ -152,6 +154,19 @@ def test_the_model_is_read_when_it_is_needed(tmp_path: Path) -> None:
     assert (source.folder, source.dtype) == (files.folder, files.dtype)
     names = [name for name, _ in source.skeleton().named_parameters()]
     assert source.held == sum(one.numel() * one.element_size() for one in files.tensors(names).values())
+
+
+def test_the_estimate_counts_shares_and_what_the_source_holds() -> None:
+    options = TransformOptions.model_validate({"calibration": "random", "window": 512})
+    size = sizes(tiny_model("llama"), torch.float32)
+
+    def wanted(**more: int) -> Need:
+        texts = {"calibration": 2**20, "evaluation": 0, "dense": False, "statistics": 1, "whole": False}
+        return need(size, options, **texts, batch_size=1, in_memory=True, **more)
+
+    one, two, holding = wanted(), wanted(processes=2), wanted(held=12345)
+    assert two.parts["hidden states"] == one.parts["hidden states"] // 2
+    assert holding.memory == one.memory + 12345
 
 
 # ---------------------------------------------------------------------- who has which windows
