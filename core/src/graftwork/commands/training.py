@@ -184,7 +184,8 @@ def _run_jobs(
             checked.add(spec.arm)
     if len(recipe.jobs) == 1:
         return [_one(recipe.jobs[0], root, console, resume, allow_other_versions)]
-    if root.exists() and any(root.iterdir()) and not resume:
+    # Asked by the main process only: it may have begun to write when the others come here.
+    if console.enabled and root.exists() and any(root.iterdir()) and not resume:
         raise UserError(f"'{root}' is not empty; add --resume to go on with it, or name another --output")
     jobs = []
     with lock_folder(root) if console.enabled else contextlib.nullcontext():
