@@ -236,10 +236,10 @@ class Engine:
             self.writer.write(number, tensors)
 
     def _same_everywhere(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse to go on where processes have changed a layer differently.
+        """Refuse to go on where processes have changed what ``name`` stands for differently.
 
         Raises:
-            UserError: with the layer.
+            UserError: with the name.
         """
         if rank_and_world()[1] == 1:
             return
@@ -329,6 +329,7 @@ class Engine:
             if self.writer is not None and from_main(bool(done) and self.writer.has(number)):
                 continue
             tensors = outer.tensors(names, bool(begins))
+            self._same_everywhere(names[0], tensors)
             self._write(number, tensors)
             if self.writer is None:
                 self._kept |= tensors
