@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftwork.files import made_once
+from graftwork.files import atomic_folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run_measured(command: Sequence[str | Path], environment: Mapping[str, str] |
 
 
 def peer_python(name: str, requirements: Path) -> Path:
-    """Return the Python of an environment with ``requirements``, made once and kept in the cache.
+    """Return the Python of an environment with ``requirements``, made once and kept inside our own environment.
 
     Skips the test with the installer's reason where it cannot be made.
     """
@@ -69,4 +69,8 @@ def peer_python(name: str, requirements: Path) -> Path:
                 reason = " ".join(done.stderr.split())[-300:]
                 pytest.skip(f"{name} cannot be installed here: {reason}")
 
-    return made_once(f"peer-{name}-{key}", make) / "bin" / "python"
+    folder = Path(sys.prefix) / "peers" / f"{name}-{key}"
+    if not folder.exists():
+        with atomic_folder(folder) as building:
+            make(building)
+    return folder / "bin" / "python"

@@ -15,7 +15,7 @@ import time
 
 STARTED = time.perf_counter()
 
-BATCH = 4
+BATCH = 1
 
 
 def recipe(method: str):
