@@ -6,6 +6,7 @@ import pytest
 import torch
 from graftwork import UserError
 from graftwork_dam import choose_rank, dot_norm, factorise, normalised, power_split
+from graftwork_dam.factor import root
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,6 +97,20 @@ def test_fewer_tokens_than_the_rank_leave_the_outputs_right() -> None:
     assert factors.product().norm() <= weight.norm() * (1 + 1e-12)
 
 
+def test_moments_of_few_directions_and_float32_sums_are_good_enough() -> None:
+    """As in the first layer of a model with a small vocabulary: as many different inputs as there are tokens in it."""
+    table, weight = draw(5, 12) * 30, draw(10, 12, seed=1)
+    x = table[torch.randint(5, (4000,), generator=torch.Generator().manual_seed(2))]
+    moments = (x.float().T @ x.float()).double()
+    assert torch.linalg.eigvalsh(moments)[0] < 0
+    r = root(moments)
+    torch.testing.assert_close(r @ r.T, moments, rtol=1e-6, atol=1.0)
+    found = factorise(weight, 5, moments=moments).product()
+    assert float((x @ (weight - found).T).norm() / (x @ weight.T).norm()) < 1e-3
+    regular = x.T @ x + torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(root(regular), torch.linalg.cholesky(regular))
+
+
 def test_ranks_follow_from_the_ratio() -> None:
     # floor(0.9 * 576 * 1536 / (576 + 1536))
     assert choose_rank(576, 1536, ratio=0.9, rank=None, group=None, name="w") == 377
@@ -118,7 +133,7 @@ def test_ranks_that_do_not_fit_are_refused(options: dict, words: str) -> None:
 
 def test_moments_that_are_none_are_refused_by_name() -> None:
     negative = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
-    with pytest.raises(UserError, match=r"'model.w' cannot be factorised: their smallest eigenvalue is -1"):
+    with pytest.raises(UserError, match=r"'model.w' have an eigenvalue of -1 .*plugins.dam.damp"):
         factorise(draw(2, 3), 1, moments=negative, name="model.w")
     broken = draw(2, 3)
     broken[0, 0] = torch.nan

@@ -59,8 +59,10 @@ def whitener(moments: Tensor, *, damp: float = 0.0, name: str = "") -> Tensor:
     factor, info = torch.linalg.cholesky_ex(damped)
     if not int(info) and mean > 0:
         return factor
-    least = float(torch.linalg.eigvalsh(damped)[0])
-    if mean > 0 and least > -LIFT * mean:
+    eigenvalues = torch.linalg.eigvalsh(damped)
+    least, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    # Sums in float32 are off by a share of the largest eigenvalue, which may be many times the mean.
+    if mean > 0 and least > -LIFT * largest:
         for lift in (LIFT * min(1.0, mean), LIFT * mean):
             factor, info = torch.linalg.cholesky_ex(damped + (max(-least, 0.0) + lift) * identity)
             if not int(info):

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from graftwork import UserError
-from graftwork.transform.lowrank import rank_for, truncated, whitener
+from graftwork.transform.lowrank import rank_for, truncated
+
+NOISE = 1e-5
+"""Eigenvalues of second moments down to minus this share of the largest count as zero: sums are in float32."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,33 @@ def factorise(
         UserError: the moments are not positive definite, and cannot be mended.
     """
     weight = weight.detach().double()
-    white = None if moments is None else whitener(moments.double(), damp=damp, name=name)
-    left, values, _ = truncated(weight, rank, white, name)
+    metric = weight if moments is None else weight @ root(moments, damp=damp, name=name)
+    left, values, _ = truncated(metric, rank, name=name)
     return Factors(left, values, left.T @ weight)
+
+
+def root(moments: torch.Tensor, *, damp: float = 0.0, name: str = "") -> torch.Tensor:
+    """Return ``R`` (n x n, float64) with ``R R^T`` the second moments, plus ``damp`` times their mean diagonal.
+
+    It is the Cholesky factor where there is one. Inputs that never fill all directions (few tokens, a small
+    vocabulary) leave none; then it is made of eigenvectors, without those of eigenvalue 0. Nothing here inverts it.
+
+    Raises:
+        UserError: an eigenvalue so negative that these are no second moments.
+    """
+    wide = moments.double()
+    wide = wide + damp * wide.diagonal().mean() * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    factor, info = torch.linalg.cholesky_ex(wide)
+    if not int(info):
+        return factor
+    values, vectors = torch.linalg.eigh(wide)
+    least, largest = values[0].item(), values[-1].item()
+    if not least >= -NOISE * largest:
+        raise UserError(
+            f"the second moments of the inputs of '{name}' have an eigenvalue of {least:.3g} (the largest is "
+            f"{largest:.3g}), so they are none; raise plugins.dam.damp, or use float32"
+        )
+    return vectors * values.clamp_min(0).sqrt()
 
 
 def choose_rank(

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from graftwork.transform.block import Block
-from graftwork.transform.lowrank import whitener
+
+from graftwork_dam.factor import root
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Layer:
     def rows(self, of_tokens: bool) -> torch.Tensor:
         """Return the inputs (rows x n) on which losses are taken.
 
-        Where nothing is rounded that depends on the token (not ``of_tokens``), the rows of a Cholesky factor of the
-        moments give the same loss as all tokens together, ``||L^T E^T|| = ||X E^T||``; they are taken if they are fewer
-        than the sample.
+        Where nothing is rounded that depends on the token (not ``of_tokens``), a root of the moments, ``R R^T``, gives
+        the same loss as all tokens together, ``||R^T E^T|| = ||X E^T||``; it is taken if it has fewer rows than the
+        sample.
         """
         if of_tokens or self.weight.shape[1] > len(self.sample):
             return self.sample
-        return whitener(self.moments, name=self.name).T.to(self.weight)
+        return root(self.moments, name=self.name).T.to(self.weight)
 
 
 def measure(block: Block, modules: Mapping[str, Any], tokens: int) -> dict[str, Layer]:
