@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
+from functools import cache
 from pathlib import Path
 
 
@@ -27,6 +29,24 @@ def peak_bytes() -> int:
         line = next(line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back() -> None:
+    """Return to the system what was freed: the allocators keep it, and between pieces of other sizes it adds up."""
+    trim = getattr(_libc(), "malloc_trim", None)  # glibc's own; other allocators give back by themselves
+    if trim is not None:
+        trim(0)
+    torch = _torch_with_cuda()
+    if torch:
+        torch.cuda.empty_cache()
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
 
 
 def _torch_with_cuda():

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from graftwork import memory
 from graftwork.console import Console
 from graftwork.distributed import barrier, from_main, from_rank, gather_objects, rank_and_world
 from graftwork.errors import PluginError, UserError
@@ -158,6 +159,7 @@ class Engine:
                 self._layer(index, bar.set_postfix_str)
                 self.progress.records[-1].seconds = time.perf_counter() - started
                 self._commit()
+                memory.give_back()
                 bar.update(1)
         return self._finish()
 
@@ -213,6 +215,7 @@ class Engine:
         torch.manual_seed(block.seed)
         _guarded(plugin, f"weight_transforms ({transform.name})", partial(transform.block, block))
         block.module.requires_grad_(False)
+        memory.give_back()
 
     def _written(self, index: int, name: str, module: torch.nn.Module) -> int:
         """Write a layer's file; return the bits of all that is stored of its linears."""

@@ -19,7 +19,9 @@ class TransformOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     calibration: str | None = Field(
-        None, description="text or JSONL file whose windows show what the layers get as inputs; or random"
+        None,
+        min_length=1,
+        description="text or JSONL file whose windows show what the layers get as inputs; or random",
     )
     samples: int = Field(128, ge=1, description="calibration windows, drawn with the seed")
     window: int = Field(2048, ge=2, description="tokens per calibration window")
