@@ -33,9 +33,12 @@ from graftwork.transform.format import checkpoint_config
 from graftwork.transform.metrics import measurement, metric_words
 from graftwork.transform.options import RANDOM, TransformOptions
 from graftwork.transform.source import CheckpointSource, Source
+from graftwork.transform.structure import skeleton
 from graftwork.transform.writer import Writer
 
 WORK = "work"
+USUAL_WINDOWS = 140
+"""WikiText-2's test text has about so many windows of 2,048 tokens."""
 MODEL = "model"
 DETAILS = "transform.json"
 
@@ -110,25 +113,47 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
             f"{len(windows.calibration)} calibration windows cannot be shared by {world} processes; set "
             f"transform.samples higher, or start fewer"
         )
-    size = limits.sizes(source.skeleton(), source.dtype)
+    need = _fitted_need(
+        options,
+        transforms,
+        limits.sizes(source.skeleton(), source.dtype),
+        calibration=windows.calibration.numel() if windows.calibration is not None else 0,
+        evaluation=sum(one.numel() for one in windows.evaluation),
+        processes=world,
+        held=source.held,
+    )
+    return Prepared(run, options, transforms, source, windows, need)
+
+
+def _fitted_need(
+    options: TransformOptions,
+    transforms: Sequence[tuple[str, WeightTransform]],
+    size: limits.Sizes,
+    *,
+    calibration: int,
+    evaluation: int,
+    processes: int = 1,
+    held: int = 0,
+) -> limits.Need:
+    """Return what a job needs with so many tokens, within its bound on memory."""
 
     def need(batch_size: int, in_memory: bool) -> limits.Need:
         return limits.need(
             size,
             options,
-            calibration=windows.calibration.numel() if windows.calibration is not None else 0,
-            evaluation=sum(one.numel() for one in windows.evaluation),
+            calibration=calibration,
+            evaluation=evaluation,
             dense=any(t.dense for _, t in transforms),
             statistics=sum(t.needs != "none" for _, t in transforms),
             whole=any(t.prepare is not None for _, t in transforms),
             batch_size=batch_size,
             in_memory=in_memory,
-            processes=world,
-            held=source.held,
+            processes=processes,
+            held=held,
         )
 
     wanted = need(options.batch_size, options.activations != "disk")
-    return Prepared(run, options, transforms, source, windows, limits.fitted(wanted, options, need))
+    return limits.fitted(wanted, options, need)
 
 
 def _windows(job: Job, options: TransformOptions) -> Windows:
@@ -248,21 +273,46 @@ def engine_of(ready: Prepared, work: Path | None, *, dense: bool = True) -> Engi
 
 
 def describe(spec: JobSpec, variants: Sequence[str]) -> None:
-    """Print what a job would do and need; nothing but configs, headers and texts is read."""
+    """Print what a job would do and need. Of the model and the texts only headers and windows are read.
+
+    Where the recipe writes out the model's config, not even these: texts are counted as long as is asked for.
+    """
     import click
 
-    ready = prepare(spec, Path(), Console(enabled=False))
-    names = ", ".join(
-        f"{plugin} ({t.name})" if t.name != plugin else plugin for plugin, t in ready.transforms
-    )
-    click.echo(f"{spec.arm}: {spec.job.model.ref} through {names}")
+    if spec.job.model.config is None:
+        ready = prepare(spec, Path(), Console(enabled=False))
+        transforms, need, notes = ready.transforms, ready.need, ready.windows.notes
+    else:
+        transforms, need, notes = _unread(spec)
+    names = ", ".join(plugin if t.name == plugin else f"{plugin} ({t.name})" for plugin, t in transforms)
+    click.echo(f"\n{spec.arm}\n  {spec.job.model.ref} through {names}")
     if len(variants) > 1:
         click.echo(f"  {len(variants)} variants: {', '.join(variants)}")
-    click.echo(f"  {limits.words(ready.need)}")
-    for part, count in ready.need.parts.items():
+    click.echo(f"  {limits.words(need)}")
+    for part, count in need.parts.items():
         click.echo(f"    {count / limits.GIB:8.2f} GiB  {part}")
-    for note in ready.windows.notes:
+    for note in notes:
         click.echo(f"  note: {note}")
+
+
+def _unread(spec: JobSpec) -> tuple[list[tuple[str, WeightTransform]], limits.Need, list[str]]:
+    """Return transforms, need and notes of a job whose model is known by its config alone."""
+    job = spec.job
+    run = Run(Path(), job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
+    options = job.transform or TransformOptions.model_validate({})
+    run.plugins.call("check", run=run)
+    transforms = transforms_of(run)
+    config = load_config(job.model.ref, inline=job.model.config)
+    dtype = getattr(torch, "bfloat16" if job.model.dtype == "auto" else job.model.dtype)
+    windows = len(options.evaluation) * (options.evaluation_windows or USUAL_WINDOWS)
+    need = _fitted_need(
+        options,
+        transforms,
+        limits.sizes(skeleton(config, dtype), dtype),
+        calibration=options.samples * options.window if options.calibration else 0,
+        evaluation=windows * options.evaluation_window,
+    )
+    return transforms, need, ["from the config that the recipe writes out; no text was read"]
 
 
 def _finish(ready: Prepared, work: Path, target: Path, outcome: Outcome) -> int:
