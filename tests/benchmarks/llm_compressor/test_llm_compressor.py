@@ -88,7 +88,7 @@ def ours(method: str, texts: Path, output: Path) -> Used:
         settings += [f"plugins.{plugin}.{option}" for option in options]
     words += [word for one in settings for word in ("--set", one)]
     used = run_measured(trainer_command(words))
-    seconds = json.loads((output / "result.json").read_text())["metrics"]["seconds"]
+    seconds = json.loads((output / "result.json").read_text())["eval_seconds"]
     return Used(used.seconds, used.peak_mib, {"compress_seconds": seconds})
 
 
