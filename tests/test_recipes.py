@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from graftwork import yaml_lines
 from graftwork.plugins import discover
 from graftwork.recipe import load
 from graftwork.recipes import shipped
+from graftwork.transform.deepspeed import inference_config
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 OURS = sorted(FOLDER.glob("*/*.yaml"))
@@ -131,10 +133,27 @@ def test_the_smoke_size_runs(name: str, trainer: Callable[..., Any], tmp_path: P
     assert jobs[0]["trainable_parameters"] == jobs[1]["trainable_parameters"]
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
+DEEPSPEED = sorted((FOLDER / "deepspeed").glob("*.json"))
+TRANSFORMING = [path for path in DEEPSPEED if "transform" in path.stem]
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 def test_deepspeed_configs_leave_the_recipe_s_fields_to_the_recipe(path: Path) -> None:
+    """A config for training says `auto` where the recipe decides; one for transforming says nothing of training."""
     config = json.loads(path.read_text())
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        assert config[key] == "auto"
-    assert config["bf16"] == {"enabled": "auto"}
-    assert str(config["zero_optimization"]["stage"]) in path.stem
+    training = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16")
+    wanted = dict.fromkeys(training, "auto") | {"bf16": {"enabled": "auto"}}
+    found = {key: config[key] for key in training if key in config}
+    assert found == ({} if path in TRANSFORMING else wanted)
+    assert f"zero{config['zero_optimization']['stage']}" == path.stem.split("-")[0]
+
+
+@pytest.mark.parametrize("path", TRANSFORMING, ids=lambda path: path.stem)
+def test_deepspeed_configs_for_transforming_are_those_the_verb_reads(path: Path, tmp_path: Path) -> None:
+    config = json.loads(path.read_text())
+    offload = config["zero_optimization"]["offload_param"]
+    if "nvme_path" in offload:
+        offload["nvme_path"] = str(tmp_path)
+    read = inference_config(config, torch.bfloat16, largest=1 << 20, processes=2)
+    assert read["zero_optimization"]["stage"] == 3
+    assert read["bf16"]["enabled"] is True

@@ -41,6 +41,20 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
+def return_large_pieces() -> None:
+    """Let pieces of a mebibyte and more go back to the system when they are freed, from now on (glibc).
+
+    By itself glibc raises this limit to 32 MiB as large pieces are freed, and keeps what lies below.
+    """
+    mallopt = getattr(_libc(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+_MMAP_THRESHOLD = -3
+"""glibc's number for the size from which a piece has pages of its own; see mallopt(3)."""
+
+
 @cache
 def _libc() -> ctypes.CDLL | None:
     try:

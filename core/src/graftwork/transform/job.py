@@ -207,6 +207,7 @@ def run_transform(
             f"step '{spec.arm}' streams a checkpoint in one process; start it without torchrun, or set "
             f"transform.deepspeed"
         )
+    memory.return_large_pieces()
     memory.reset_peak()
     begun = time.perf_counter()
     ready = prepare(spec, directory, console)
