@@ -42,13 +42,13 @@ def give_back() -> None:
 
 
 def return_large_pieces() -> None:
-    """Let pieces of a mebibyte and more go back to the system when they are freed, from now on (glibc).
+    """Let pieces of 8 MiB and more go back to the system when they are freed, from now on (glibc).
 
     By itself glibc raises this limit to 32 MiB as large pieces are freed, and keeps what lies below.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_MMAP_THRESHOLD, 8 << 20)
 
 
 _MMAP_THRESHOLD = -3
