@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from graftwork.data.layouts import Layout
     from graftwork.data.tasks import Task
     from graftwork.evaluate.benchmarks import Evaluation
+    from graftwork.merge.transform import Merging
     from graftwork.run import Run
     from graftwork.self_play.options import SelfPlayOptions
     from graftwork.transform.block import Block
@@ -315,6 +316,9 @@ class WeightTransform:
         restore: from hidden states between layers to those of the unchanged model, where ``begin`` moved the
             residual stream into another basis.
         figures: what ``block.record`` is given, in words; the means become metrics of these names.
+        merging: the merge that this is, where it combines the models of ``transform.experts``; such a transform is
+            made by :func:`graftwork.merge.transform.merge_transform` and comes first.
+        about: what is said in ``beside/manifest.json`` of what was stored beside the model; called at the end.
     """
 
     name: str
@@ -325,6 +329,8 @@ class WeightTransform:
     prepare: Callable[[Whole], Mapping[str, torch.Tensor]] | None = None
     restore: Callable[[torch.Tensor], torch.Tensor] | None = None
     figures: Mapping[str, str] = field(default_factory=dict)
+    merging: Merging | None = None
+    about: Callable[[], Mapping[str, Any]] | None = None
 
 
 class GraftworkHooks:

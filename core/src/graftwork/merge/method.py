@@ -55,19 +55,21 @@ class MergeMethod:
     same for pieces of any size and after a kill. Rounding to the precision of the model happens behind them, once.
 
     Attributes:
+        merges: whether there is one merged model (``merge``).
         routes: whether experts get weights of their own (``expert``), which someone must choose between.
     """
 
+    merges = True
     routes = False
 
     def begin(self, experts: Experts, console: Console) -> None:
         """Find out what is global, such as thresholds, from ``experts.pieces()``. Called once, also after a kill."""
 
-    def merge(self, piece: Piece) -> torch.Tensor | None:
-        """Return what is added to the base's rows (rows x columns, float32); None: there is no one merged model."""
+    def merge(self, piece: Piece) -> torch.Tensor:
+        """Return what is added to the base's rows to make the merged model (rows x columns, float32)."""
         raise NotImplementedError
 
-    def expert(self, piece: Piece, index: int) -> torch.Tensor | None:
+    def expert(self, piece: Piece, index: int) -> torch.Tensor:
         """Return what is added to the base's rows to stand for expert ``index``. By default the merged model does."""
         return self.merge(piece)
 

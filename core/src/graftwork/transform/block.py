@@ -12,6 +12,7 @@ from torch import nn
 from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.transform.activations import Stream
+from graftwork.transform.beside import Stored
 from graftwork.transform.kv import check_kv, kv_attention
 from graftwork.transform.modules import CompressedLinear
 from graftwork.transform.quantizer import Quantized
@@ -58,6 +59,7 @@ class Block:
         self.prepared: Mapping[str, torch.Tensor] = {}
         self.records: dict[str, dict[str, float | str]] = {}
         self.notes: list[str] = []
+        self.stored = Stored()
         self.kv: KVScheme | None = None
         self._inputs, self._dense = inputs, dense
 
@@ -138,6 +140,12 @@ class Block:
     def note(self, sentence: str) -> None:
         """Tell the user something about this layer, in the report."""
         self.notes.append(f"{self.name}: {sentence}")
+
+    def beside(
+        self, label: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Store tensors of this layer beside the model, under ``label``; see :mod:`graftwork.transform.beside`."""
+        self.stored.add(label, tensors, metadata)
 
     # ------------------------------------------------------------ activations
 

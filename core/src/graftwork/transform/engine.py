@@ -30,6 +30,7 @@ from graftwork.errors import PluginError, UserError
 from graftwork.hookspecs import WeightTransform
 from graftwork.transform import figures
 from graftwork.transform.activations import Stream
+from graftwork.transform.beside import Beside, Stored
 from graftwork.transform.block import Block
 from graftwork.transform.format import (
     Format,
@@ -123,6 +124,7 @@ class Engine:
         self.layers_name, self.layers = find_layers(self.model)
         self.main = rank_and_world()[0] == 0
         self.writer = Writer(work, len(self.layers)) if work is not None else None
+        self.beside = Beside(work, len(self.layers)) if work is not None else None
         self.progress = Progress()
         self.prepared: dict[str, Mapping[str, torch.Tensor]] = {}
         self.outer = OuterWeights(self.model, source, self.device)
@@ -205,6 +207,7 @@ class Engine:
                 self.evaluation.compute(run)
         self._compare(record, block, reference, figures.mean(seen.values()))
         record.bits = self._written(index, name, module)
+        self._store(index + 1, block.stored)
         self.progress.records.append(record)
         for stream in self._streams():
             stream.step()
@@ -237,6 +240,11 @@ class Engine:
     def _write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         if self.writer is not None and self.main:
             self.writer.write(number, tensors)
+
+    def _store(self, number: int, stored: Stored) -> None:
+        """Write what lies beside the model; as it is made alike in all processes, one is enough."""
+        if self.beside is not None and self.main:
+            self.beside.write(number, stored)
 
     def _same_everywhere(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Refuse to go on where processes have changed what ``name`` stands for differently.
@@ -319,9 +327,11 @@ class Engine:
         begins = [(plugin, one.name, one.begin) for plugin, one in self.transforms if one.begin is not None]
         if begins:
             outer.load(outer.after)
-            seen = Outer(self.model)
+            seen = Outer(self.model, self.console)
             for plugin, name, begin in begins:
                 _guarded(plugin, f"weight_transforms ({name})", partial(begin, seen))
+            self._store(0, seen.stored)
+            self.progress.notes += [note for note in seen.notes if note not in self.progress.notes]
         for stream in (self.calibration, self.evaluation):
             if stream is not None:
                 stream.start(self.model, done)

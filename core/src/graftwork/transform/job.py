@@ -20,12 +20,15 @@ from graftwork.distributed import barrier, from_main, started, together
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
 from graftwork.hookspecs import WeightTransform
+from graftwork.merge.experts import TILE
+from graftwork.merge.opening import merging_of, open_experts, stored_beside
 from graftwork.models import load_config, load_tokenizer
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job, JobSpec, ModelOptions
 from graftwork.run import Run
 from graftwork.train.checkpoints import read_json
 from graftwork.transform import limits, unchanged
+from graftwork.transform.beside import FOLDER, Beside
 from graftwork.transform.calibration import Windows, read_windows
 from graftwork.transform.deepspeed import DeepSpeedSource, check_partitioned
 from graftwork.transform.engine import Engine, Outcome, Texts
@@ -107,6 +110,11 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
     source = open_source(job, options)
     if options.deepspeed is not None:
         check_partitioned(transforms)
+    merging = merging_of(transforms, options)
+    tiles = beside = 0
+    if merging is not None:
+        experts = open_experts(merging, source, options)
+        tiles, beside = TILE, stored_beside(merging.method, experts)
     windows = _windows(job, options)
     if windows.calibration is not None and len(windows.calibration) < world:
         raise UserError(
@@ -121,6 +129,8 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
         evaluation=sum(one.numel() for one in windows.evaluation),
         processes=world,
         held=source.held,
+        tiles=tiles,
+        beside=beside,
     )
     return Prepared(run, options, transforms, source, windows, need)
 
@@ -134,6 +144,8 @@ def _fitted_need(
     evaluation: int,
     processes: int = 1,
     held: int = 0,
+    tiles: int = 0,
+    beside: int = 0,
 ) -> limits.Need:
     """Return what a job needs with so many tokens, within its bound on memory."""
 
@@ -150,6 +162,8 @@ def _fitted_need(
             in_memory=in_memory,
             processes=processes,
             held=held,
+            tiles=tiles,
+            beside=beside,
         )
 
     wanted = need(options.batch_size, options.activations != "disk")
@@ -289,6 +303,9 @@ def describe(spec: JobSpec, variants: Sequence[str]) -> None:
     click.echo(f"\n{spec.arm}\n  {spec.job.model.ref} through {names}")
     if len(variants) > 1:
         click.echo(f"  {len(variants)} variants: {', '.join(variants)}")
+    options = spec.job.transform or TransformOptions.model_validate({})
+    for expert, ref in sorted(options.experts.items()):
+        click.echo(f"  expert {expert}: {ref}")
     click.echo(f"  {limits.words(need)}")
     for part, count in need.parts.items():
         click.echo(f"    {count / limits.GIB:8.2f} GiB  {part}")
@@ -303,6 +320,7 @@ def _unread(spec: JobSpec) -> tuple[list[tuple[str, WeightTransform]], limits.Ne
     options = job.transform or TransformOptions.model_validate({})
     run.plugins.call("check", run=run)
     transforms = transforms_of(run)
+    merging = merging_of(transforms, options)
     config = load_config(job.model.ref, inline=job.model.config)
     dtype = getattr(torch, "bfloat16" if job.model.dtype == "auto" else job.model.dtype)
     windows = len(options.evaluation) * (options.evaluation_windows or USUAL_WINDOWS)
@@ -312,6 +330,7 @@ def _unread(spec: JobSpec) -> tuple[list[tuple[str, WeightTransform]], limits.Ne
         limits.sizes(skeleton(config, dtype), dtype),
         calibration=options.samples * options.window if options.calibration else 0,
         evaluation=windows * options.evaluation_window,
+        tiles=TILE if merging is not None else 0,
     )
     return transforms, need, ["from the config that the recipe writes out; no text was read"]
 
@@ -322,5 +341,10 @@ def _finish(ready: Prepared, work: Path, target: Path, outcome: Outcome) -> int:
     fields = json.loads(outcome.config.to_json_string())
     fields["dtype"] = str(ready.source.dtype).removeprefix("torch.")
     config = checkpoint_config({**fields, "quantization_config": outcome.quantization})
-    writer = Writer(work, len(outcome.layers))
-    return writer.finish(target, config, getattr(source, "folder", None))
+    layers = len(outcome.layers)
+    # Before the model: where it is there, all is.
+    Beside(work, layers).finish(
+        target.parent / FOLDER,
+        lambda: {one.name: one.about() for _, one in ready.transforms if one.about is not None},
+    )
+    return Writer(work, layers).finish(target, config, getattr(source, "folder", None))

@@ -105,6 +105,8 @@ def need(
     in_memory: bool,
     processes: int = 1,
     held: int = 0,
+    tiles: int = 0,
+    beside: int = 0,
 ) -> Need:
     """Return what a run needs, its memory in each process.
 
@@ -118,18 +120,20 @@ def need(
         batch_size, in_memory: the settings to count with.
         processes: that share the texts.
         held: bytes of memory that the source of the weights takes.
+        tiles: bytes of memory for the rows of experts that are merged at a time.
+        beside: bytes that are stored beside the model.
     """
     streams = calibration * (2 if dense else 1) + evaluation * 2
     hidden = streams * size.hidden * size.item
     window = max(options.window if calibration else 0, options.evaluation_window if evaluation else 0)
     batch = batch_size * window
     # A layer's weights, three float32 copies of its largest linear while that is changed, and what it becomes.
-    layer = size.layer * size.item * 2 + 3 * 4 * size.largest
+    layer = size.layer * size.item * 2 + 3 * 4 * size.largest + tiles + beside // size.layers
     # Second moments in float64, of which a factorisation holds three.
     moments = 3 * 8 * size.inputs**2 if statistics else 0
     # Gate, up, their product and its input; hidden states in float32, as norms compute them.
     working = batch * (4 * size.widest * size.item + 6 * size.hidden * 4)
-    head = size.embedding * size.item + window * size.vocabulary * 4 * 3
+    head = size.embedding * size.item + window * size.vocabulary * 4 * 3 + tiles
     stages = {"layer": layer + moments + working, "embedding and head": head}
     if whole:
         stages["whole model, to learn end to end"] = (
@@ -147,7 +151,7 @@ def need(
         parts["this process's part of the model"] = held
     passes = calibration * (1 + statistics + (1 if dense else 0)) + 2 * evaluation
     operations = 2.0 * (passes * size.layer * size.layers + 2 * evaluation * size.vocabulary * size.hidden)
-    disk = size.whole * size.item + 2 * hidden
+    disk = size.whole * size.item + 2 * hidden + beside
     return Need(batch_size, in_memory, sum(parts.values()), parts, int(disk), operations)
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from graftwork.merge.options import MergeOptions
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)", re.IGNORECASE)
 _UNITS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 RANDOM = "random"
@@ -53,6 +55,10 @@ class TransformOptions(BaseModel):
         description="auto: compressed-tensors where it can hold the result, else graftwork's own; dense: rounded "
         "values in plain tensors, for any runtime",
     )
+    experts: dict[str, str] = Field(
+        {}, description="name: model or LoRA adapter that was made from this model, for plugins that merge"
+    )
+    merge: MergeOptions = Field(default_factory=lambda: MergeOptions.model_validate({}))
     deepspeed: str | dict[str, Any] | None = Field(
         None,
         description="DeepSpeed config with ZeRO-3: layers are gathered from it instead of read from files",

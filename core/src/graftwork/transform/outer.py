@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftwork.console import Console
+from graftwork.transform.beside import Stored
 from graftwork.transform.source import Source
 from graftwork.transform.structure import find_layers, find_norm
 
@@ -17,14 +19,29 @@ class Outer:
 
     Attributes:
         embedding, norm, head: the modules.
+        model: the whole model, of which only what stands outside the layers has weights.
         config: of the model.
+        console: for lines to the user.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.config = model.config
+    def __init__(self, model: Any, console: Console | None = None) -> None:
+        self.model, self.config = model, model.config
+        self.console = console or Console(enabled=False)
+        self.notes: list[str] = []
+        self.stored = Stored()
         self.embedding: Any = model.get_input_embeddings()
         self.head: Any = model.get_output_embeddings()
         self.norm: nn.Module = model.get_submodule(find_norm(model))
+
+    def note(self, sentence: str) -> None:
+        """Tell the user something, in the report."""
+        self.notes.append(sentence)
+
+    def beside(
+        self, label: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Store tensors beside the model, under ``label``; see :mod:`graftwork.transform.beside`."""
+        self.stored.add(label, tensors, metadata)
 
     @property
     def tied(self) -> bool:

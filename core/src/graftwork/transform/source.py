@@ -48,6 +48,11 @@ class Source(Protocol):
 class CheckpointSource:
     """A folder of safetensors files with a config, of which one layer at a time is read.
 
+    Attributes:
+        folder: where the files are.
+        files: file and shape of every tensor, by its key.
+        places: file and key of every parameter, by its name in the model; a tied head has none.
+
     Raises:
         UserError: no safetensors, an index that names files that are not there, damaged files, tensors that the
             model does not have or lacks, an adapter, an encoder-decoder, weights that are quantised already.
@@ -63,12 +68,12 @@ class CheckpointSource:
                 f"transform the result"
             )
         self.ref, self._trust, self.held = ref, trust_remote_code, 0
-        self.folder = Path(source.path) if source.folder else _downloaded(ref)
+        self.folder = Path(source.path) if source.folder else downloaded(ref)
         self.config = load_config(ref, trust_remote_code=trust_remote_code)
         check_not_quantized(self.config, ref)
-        self.files = _files(self.folder)
+        self.files = checkpoint_files(self.folder)
         self._skeleton = skeleton(self.config, torch.float32)
-        self._where = self._matched()
+        self.places = self._matched()
         stored = self._stored_dtype()
         self.dtype = stored if dtype == "auto" else getattr(torch, dtype)
 
@@ -77,12 +82,12 @@ class CheckpointSource:
 
     def tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for file in sorted({self._where[name][0] for name in names}):
+        for file in sorted({self.places[name][0] for name in names}):
             try:
                 # Opened for these tensors only: pages of a mapped file that was read count as our memory.
                 with safe_open(file, framework="pt", device="cpu") as reader:
                     for name in names:
-                        path, key = self._where[name]
+                        path, key = self.places[name]
                         if path == file:
                             found[name] = reader.get_tensor(key).to(self.dtype, copy=True)
             except (SafetensorError, OSError) as error:
@@ -128,7 +133,7 @@ class CheckpointSource:
         return where
 
     def _stored_dtype(self) -> torch.dtype:
-        file, key = next(iter(self._where.values()))
+        file, key = next(iter(self.places.values()))
         with safe_open(file, framework="pt", device="cpu") as reader:
             return reader.get_tensor(key).dtype
 
@@ -167,7 +172,8 @@ def fill(module: nn.Module, prefix: str, source: Source, device: torch.device) -
             set_module_tensor_to_device(module, name, device)
 
 
-def _downloaded(ref: str) -> Path:
+def downloaded(ref: str) -> Path:
+    """Return the folder of a hub model, fetched the first time. Raises UserError where it cannot be."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -177,7 +183,7 @@ def _downloaded(ref: str) -> Path:
         raise UserError(f"model '{ref}' cannot be downloaded: {first_line(error)}") from error
 
 
-def _files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+def checkpoint_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
     """Return file and shape of every tensor of a checkpoint, from the files' headers."""
     index = folder / INDEX
     listed: dict[str, str] = {}

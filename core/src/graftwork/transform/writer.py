@@ -44,22 +44,7 @@ class Writer:
         Raises:
             UserError: the place cannot be written, or the disk is full.
         """
-        # Two names of one tensor would be stored twice; safetensors refuses them.
-        values = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        path = self._path(number)
-        aside = path.with_suffix(".part")
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            # Straight from the tensors: a string of bytes of the largest would be as large again, twice.
-            save_file(values, aside, metadata={"format": "pt"})
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except (SafetensorError, OSError) as error:
-            aside.unlink(missing_ok=True)
-            full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-            reason = "the disk is full" if full else error
-            raise UserError(f"'{path}' cannot be written: {reason}") from None
+        save_whole(self._path(number), tensors, {"format": "pt"})
 
     def read(self, number: int) -> dict[str, torch.Tensor]:
         """Return what file ``number`` holds."""
@@ -103,7 +88,35 @@ class Writer:
         return total
 
     def _path(self, number: int) -> Path:
-        return self.work / f"model-{number + 1:05d}-of-{self._count:05d}.safetensors"
+        return self.work / file_name(number, self._count)
+
+
+def file_name(number: int, count: int) -> str:
+    """Return what file ``number`` (from 0) of ``count`` is called."""
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to ``path``, whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written, or the disk is full.
+    """
+    # Two names of one tensor would be stored twice; safetensors refuses them.
+    values = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    aside = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Straight from the tensors: a string of bytes of the largest would be as large again, twice.
+        save_file(values, aside, metadata=dict(metadata))
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (SafetensorError, OSError) as error:
+        aside.unlink(missing_ok=True)
+        full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+        reason = "the disk is full" if full else error
+        raise UserError(f"'{path}' cannot be written: {reason}") from None
 
 
 def _beside(folder: Path | None) -> list[Path]:

@@ -1,0 +1,1 @@
+"""Baselines that merging methods are compared with."""
