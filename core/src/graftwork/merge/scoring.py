@@ -1,0 +1,141 @@
+"""How well a model does the tasks of each expert, item by item; what never changes is kept for later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from pydantic import BaseModel, ConfigDict, Field
+
+from graftwork.console import Console
+from graftwork.data.options import DataOptions
+from graftwork.data.stream import build_stream
+from graftwork.data.tasks import Task
+from graftwork.errors import UserError
+from graftwork.evaluate.answers import score_task
+from graftwork.files import cache_folder, write_json_atomic
+from graftwork.models import load_model, resolve
+
+
+class ScoringOptions(BaseModel):
+    """Which items are scored, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: DataOptions
+    validation: int = Field(
+        100,
+        ge=1,
+        description="training items per task to choose settings by; not those that experts were trained on",
+    )
+    scoring: Literal["likelihood", "generate"] = Field(
+        "likelihood", description="the likeliest label is the answer; or what the model writes"
+    )
+    batch_size: int = Field(25, ge=1, description="prompts that are answered together")
+    max_new_tokens: int = Field(8, ge=1, description="longest written answer, in tokens")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The tasks of every expert, each with the items that are scored."""
+
+    tasks: Mapping[str, Sequence[Task]]
+    options: ScoringOptions
+
+    def score(self, model: Any, tokenizer: Any, expert: str, console: Console, label: str) -> list[float]:
+        """Return for every item of the expert's tasks whether it was answered (1 or 0)."""
+        found: list[float] = []
+        tasks = self.tasks[expert]
+        with console.bar(sum(len(task.test or ()) for task in tasks), label) as bar:
+            for task in tasks:
+                scored = score_task(
+                    model,
+                    tokenizer,
+                    task,
+                    scoring=self.options.scoring,
+                    batch_size=self.options.batch_size,
+                    max_new_tokens=self.options.max_new_tokens,
+                    progress=bar.update,
+                )
+                found += [float(one) for one in scored.correct]
+        return found
+
+    def reference(
+        self, ref: str, dtype: str, model: Any, tokenizer: Any, expert: str, console: Console
+    ) -> list[float]:
+        """Return the scores of a model as it is, measured once per model and items.
+
+        ``model`` is it, if it is loaded already; else it is loaded from ``ref``.
+        """
+        path = self._path(ref, dtype, expert)
+        if path is not None and path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))["scores"]
+        loaded = model if model is not None else _loaded(ref, dtype)
+        scores = self.score(loaded, tokenizer, expert, console, f"score {Path(ref).name}")
+        if path is not None:
+            write_json_atomic(path, {"scores": scores})
+        return scores
+
+    def _path(self, ref: str, dtype: str, expert: str) -> Path | None:
+        """Return where scores are kept: by the model's files (names, sizes, times), precision, and items."""
+        folder = resolve(ref).folder
+        if folder is None:
+            return None
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+        stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        how = self.options.model_dump(exclude={"data", "validation", "batch_size"})
+        key = hashlib.sha256(
+            json.dumps([str(folder.resolve()), stamps, dtype, how, torch.__version__]).encode()
+        )
+        for task in self.tasks[expert]:
+            key.update(
+                json.dumps([task.labels, task.test.to_list() if task.test is not None else []]).encode()
+            )
+        return cache_folder() / "scores" / f"{key.hexdigest()[:32]}.json"
+
+
+def questions(
+    options: ScoringOptions,
+    tasks: Mapping[str, Sequence[str]],
+    seed: int,
+    tokenizer: Any,
+    *,
+    validation: bool,
+) -> Questions:
+    """Return the test items of every expert's tasks (names), or items to choose settings by.
+
+    These are training items that ``data.train_items`` does not draw, so that experts trained with the same section
+    have not seen them; where all are drawn, the last of them.
+
+    Raises:
+        UserError: see :func:`graftwork.data.stream.build_stream`; also for a task without items to score.
+    """
+    names = sorted({name for some in tasks.values() for name in some})
+    data = options.data.model_copy(update={"order": names})
+    built = {task.name: task for task in build_stream(data, seed=seed, tokenizer=tokenizer)}
+    if validation:
+        whole = data.model_copy(update={"train_items": None})
+        for task in build_stream(whole, seed=seed, tokenizer=tokenizer):
+            drawn = {json.dumps(row) for row in built[task.name].train.to_list()}
+            rows = task.train.to_list()
+            fresh = [row for row in rows if json.dumps(row) not in drawn] or rows[::-1]
+            # Spread over the file, which may be sorted by label.
+            step = max(1, len(fresh) // options.validation)
+            task.test = Dataset.from_list(fresh[::step][: options.validation])
+            built[task.name] = task
+    for task in built.values():
+        if task.test is None or not len(task.test):
+            raise UserError(f"task '{task.name}' has no items to score an expert on")
+    return Questions({name: [built[task] for task in some] for name, some in tasks.items()}, options)
+
+
+def _loaded(ref: str, dtype: str) -> Any:
+    model = load_model(ref, dtype=dtype)
+    device: Any = torch.accelerator.current_accelerator()
+    return (model if device is None else model.to(device)).eval()
