@@ -263,6 +263,21 @@ class LineChart:
 
 
 @dataclass(frozen=True)
+class HeatMap:
+    """A number per row and column for the report: ``rows`` maps a row's name to a value per column.
+
+    ``x`` names the columns' axis, ``y`` says what the numbers are. None leaves a cell empty.
+    """
+
+    title: str
+    caption: str
+    x: str
+    y: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float | None]]
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What a benchmark found out about one model with the plugins of its run.
 
@@ -278,7 +293,7 @@ class Measurement:
 
     items: Mapping[str, Sequence[float | None]]
     values: Mapping[str, float | None] = field(default_factory=dict)
-    charts: Sequence[LineChart] = ()
+    charts: Sequence[LineChart | HeatMap] = ()
     rows: Sequence[Mapping[str, Any]] = ()
     files: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.files import write_text_atomic
-from graftwork.report import areas, cosines, measured, plots
+from graftwork.report import areas, cosines, heat, measured, plots
 from graftwork.report.css import CSS
 from graftwork.report.summary import (
     Cells,
@@ -173,7 +173,8 @@ class _Page:
         return "".join(parts)
 
     def line_chart(self, chart: Mapping[str, Any], head: str) -> str:
-        drawn = self.figure(measured.line_chart(chart), str(chart.get("caption") or ""))
+        draw = heat.heat_map if "columns" in chart else measured.line_chart
+        drawn = self.figure(draw(chart), str(chart.get("caption") or ""))
         return f"<h4>{_text(head)}</h4>{drawn}" if drawn else ""
 
     def comparison(self) -> str:
