@@ -61,7 +61,8 @@ class Site:
 
 def oriented(module: nn.Module) -> torch.Tensor:
     """Return the weight of a Linear or a Conv1D as outputs x inputs, a view."""
-    weight: Any = module.weight.detach()
+    weight: Any = module.weight
+    weight = weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -73,9 +74,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return found.hexdigest()
 
 
-def find_sites(
-    model: nn.Module, kinds: Iterable[Kind] = KINDS, layers: Sequence[int] | None = None
-) -> list[Site]:
+def find_sites(model: Any, kinds: Iterable[Kind] = KINDS, layers: Sequence[int] | None = None) -> list[Site]:
     """Return the sites of a decoder by depth, of the ``kinds`` and ``layers`` (all where None).
 
     In every layer the part with linears whose name speaks of attention, and the one that does not, have one last linear
@@ -86,8 +85,7 @@ def find_sites(
             weights, an adapter around a linear, a layer that the model does not have.
     """
     name, modules = find_layers(model)
-    config: Any = model.config
-    width = int(config.get_text_config().hidden_size)
+    width = int(model.config.get_text_config().hidden_size)
     chosen = range(len(modules)) if layers is None else sorted(set(layers))
     wanted = set(kinds)
     found: list[Site] = []
