@@ -98,7 +98,7 @@ def _measure(evaluation: Evaluation, options: Any, make: Make) -> Measurement:
     )
     experts = Experts({name: one.model for name, one in asked.experts.items()}, source, asked.merge)
     tasks = {name: asked.experts[name].tasks for name in experts.names}
-    test = questions(asked, tasks, seed, evaluation.tokenizer, validation=False)
+    test = questions(asked, tasks, evaluation.run, evaluation.tokenizer, validation=False)
     notes = [*experts.notes, *experts.survey(evaluation.console)]
     standing = Standing(evaluation.model, experts)
     points = [
@@ -107,7 +107,7 @@ def _measure(evaluation: Evaluation, options: Any, make: Make) -> Measurement:
     settings = {str(point): _with(options, point) for point in points}
     chosen, tried = points[0], []
     if len(points) > 1:
-        tuning = questions(asked, tasks, seed, evaluation.tokenizer, validation=True)
+        tuning = questions(asked, tasks, evaluation.run, evaluation.tokenizer, validation=True)
         for number, point in enumerate(points, 1):
             evaluation.console.say(f"[{number}/{len(points)}] {point}")
             method = make(settings[str(point)], seed)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from datasets import Dataset
@@ -21,6 +21,9 @@ from graftwork.errors import UserError
 from graftwork.evaluate.answers import score_task
 from graftwork.files import cache_folder, write_json_atomic
 from graftwork.models import load_model, resolve
+
+if TYPE_CHECKING:
+    from graftwork.run import Run
 
 
 class ScoringOptions(BaseModel):
@@ -103,7 +106,7 @@ class Questions:
 def questions(
     options: ScoringOptions,
     tasks: Mapping[str, Sequence[str]],
-    seed: int,
+    run: Run,
     tokenizer: Any,
     *,
     validation: bool,
@@ -118,10 +121,15 @@ def questions(
     """
     names = sorted({name for some in tasks.values() for name in some})
     data = options.data.model_copy(update={"order": names})
-    built = {task.name: task for task in build_stream(data, seed=seed, tokenizer=tokenizer)}
+    asked: dict[str, Any] = {
+        "seed": run.seed,
+        "tokenizer": tokenizer,
+        "sources": run.plugins.data_sources(run),
+    }
+    built = {task.name: task for task in build_stream(data, **asked)}
     if validation:
         whole = data.model_copy(update={"train_items": None})
-        for task in build_stream(whole, seed=seed, tokenizer=tokenizer):
+        for task in build_stream(whole, **asked):
             drawn = {json.dumps(row) for row in built[task.name].train.to_list()}
             rows = task.train.to_list()
             fresh = [row for row in rows if json.dumps(row) not in drawn] or rows[::-1]
