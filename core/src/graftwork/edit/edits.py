@@ -17,8 +17,11 @@ from torch import nn
 from graftwork.edit.sites import oriented, tensor_digest
 from graftwork.errors import UserError
 from graftwork.files import write_bytes_atomic
+from graftwork.transform.beside import FOLDER, beside_files, read_beside
 
 FORMAT = "graftwork-edits/1"
+LABEL = "edits"
+"""Where a transform stores its edits, beside the model."""
 LEFT, RIGHT = "R", "Z"
 
 
@@ -117,11 +120,13 @@ class EditSet:
 
     @classmethod
     def load(cls, path: Path) -> EditSet:
-        """Read a set from a file.
+        """Read a set from a file, or from what a transform has stored beside a model (a run's folder, or the label's).
 
         Raises:
             UserError: it is missing, damaged, or no edit set.
         """
+        if path.is_dir():
+            return cls._beside(path)
         try:
             with safe_open(path, framework="pt", device="cpu") as reader:
                 return cls.of_tensors(
@@ -133,6 +138,15 @@ class EditSet:
             raise UserError(f"edit set '{path}' does not exist") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"edit set '{path}' cannot be read: {error}") from None
+
+    @classmethod
+    def _beside(cls, folder: Path) -> EditSet:
+        inner = folder / FOLDER / LABEL
+        folder = inner if inner.is_dir() else folder
+        files = beside_files(folder)
+        with safe_open(next(iter(files)), framework="pt", device="cpu") as reader:
+            about = reader.metadata() or {}
+        return cls.of_tensors(read_beside(folder), about, f"'{folder}'")
 
     @classmethod
     def of_tensors(

@@ -24,7 +24,6 @@ from graftwork.edit.errors import StatsError, StatsMismatchError
 from graftwork.edit.sites import Site
 from graftwork.edit.solve import RIDGE, Factor, factorise
 from graftwork.files import cache_folder, write_bytes_atomic
-from graftwork.transform.structure import find_layers
 
 FORMAT = "graftwork-moment/1"
 BUDGET = 2048
@@ -96,8 +95,8 @@ def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) 
     other = next((key for key in SAME if wanted.get(key) != found.get(key)), None)
     if other is not None:
         raise StatsMismatchError(
-            f"{where}: {other} is {_short(found.get(other))}, and {_short(wanted.get(other))} is wanted; they were made "
-            f"for another model, module or tokenizer"
+            f"{where}: {other} is {_short(found.get(other))}, and {_short(wanted.get(other))} is wanted; they were "
+            f"made for another model, module or tokenizer"
         )
 
 
@@ -314,7 +313,6 @@ class _Enough(Exception):
 def model_digest(model: Any) -> str:
     """Return the sha256 of a model's parameters, by name."""
     found = hashlib.sha256()
-    find_layers(model)
     for name, parameter in sorted(model.named_parameters()):
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -324,8 +322,12 @@ def model_digest(model: Any) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:
     """Return the sha256 of a tokenizer's vocabulary and rules."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    if backend is not None:
+        # How texts are cut and filled up belongs to the last call, not to the tokenizer.
+        known = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    else:
+        known = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> Any:

@@ -93,6 +93,7 @@ class Engine:
         work: folder for files, hidden states and progress; None keeps nothing.
         format: of what is written.
         seed: of the run.
+        tokenizer: loads the model's, for a ``prepare``.
         dense: whether the unchanged model is evaluated, too.
         score_calibration: whether the calibration windows are scored after the change.
     """
@@ -108,13 +109,14 @@ class Engine:
         work: Path | None = None,
         format: Format = "auto",
         seed: int = 0,
+        tokenizer: Callable[[], Any] = lambda: None,
         dense: bool = True,
         score_calibration: bool = False,
         console: Console | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.source, self.transforms, self.texts = source, list(transforms), texts
-        self.work, self.seed = work, seed
+        self.work, self.seed, self.tokenizer = work, seed, tokenizer
         self.format: Format = format
         self.score_calibration = score_calibration
         self.console = console or Console(enabled=False)
@@ -137,8 +139,12 @@ class Engine:
             return Stream(name, windows, batch_size, folder=hidden, in_memory=in_memory, device=self.device)
 
         any_dense = any(transform.dense for _, transform in self.transforms)
-        self.calibration = stream("calibration", texts.calibration)
-        self.dense_calibration = stream("dense-calibration", texts.calibration) if any_dense else None
+        # Where the whole model alone looks at them, they need not go through the layers again.
+        early = all(one.needs == "none" for _, one in self.transforms)
+        early = early and any(one.prepare is not None for _, one in self.transforms)
+        passed = None if early and not score_calibration else texts.calibration
+        self.calibration = stream("calibration", passed)
+        self.dense_calibration = stream("dense-calibration", passed) if any_dense else None
         self.evaluation = stream("evaluation", texts.evaluation)
         self.dense_evaluation = stream("dense-evaluation", texts.evaluation) if dense else None
 
@@ -295,11 +301,13 @@ class Engine:
             if path is not None and from_main(path.is_file()):
                 self.prepared[plugin] = load_file(path)
                 continue
-            if self.texts.calibration is None:
+            windows = self.texts.calibration
+            if windows is None and transform.needs != "none":
                 raise UserError(f"plugin '{plugin}' learns from calibration texts; set transform.calibration")
             whole = Whole(
                 self.source.whole().to(self.device),
-                self.texts.calibration,
+                self.tokenizer(),
+                windows if windows is not None else torch.empty((0, 0), dtype=torch.long),
                 self.batch_size,
                 self.seed,
                 self.console,

@@ -270,7 +270,7 @@ def run_transform(
 
 def engine_of(ready: Prepared, work: Path | None, *, dense: bool = True) -> Engine:
     """Return the engine for a job."""
-    windows = ready.windows
+    windows, asked = ready.windows, ready.run.job.model
     evaluation = torch.cat(windows.evaluation) if windows.evaluation else None
     return Engine(
         ready.source,
@@ -281,6 +281,7 @@ def engine_of(ready: Prepared, work: Path | None, *, dense: bool = True) -> Engi
         work=work,
         format=ready.options.format,
         seed=ready.run.seed,
+        tokenizer=lambda: load_tokenizer(asked.ref, trust_remote_code=asked.trust_remote_code),
         dense=dense,
         score_calibration=ready.options.score_calibration,
         console=ready.run.console,

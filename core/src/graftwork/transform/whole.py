@@ -16,13 +16,16 @@ class Whole:
 
     Attributes:
         model: alive, in eval mode on its device; it is thrown away afterwards.
-        windows: token ids of the calibration texts (windows x window).
+        tokenizer: of the model.
+        windows: token ids of the calibration texts (windows x window); without rows where no text is set, which a
+            transform that needs none allows.
         batch_size: windows that go through together.
         seed: of the run.
         console: bars and lines for the user.
     """
 
     model: Any
+    tokenizer: Any
     windows: torch.Tensor
     batch_size: int
     seed: int
