@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from graftwork.testing.experts import tiny_experts
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the methods beside the tests
 
 Family = tuple[Path, dict[str, str]]
 

@@ -143,13 +143,15 @@ class Experts:
         """
         layers, modules = find_layers(self.source.skeleton())
         middle = f"{layers}.{len(modules) // 2}."
-        sizes = self._sizes([name for name in self.shapes if name.startswith(middle)])
+        # Norms are nearly the same in all models, and may be larger than all else.
+        matrices = [name for name, (rows, _) in self.shapes.items() if rows > 1 and name.startswith(middle)]
+        sizes = self._sizes(matrices)
         found = []
         for index, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
             if size > FAR:
                 found.append(
-                    f"expert '{name}' differs from the base by {size:.2f} of the base's size (layer "
-                    f"{len(modules) // 2}); a fine-tune differs by a few hundredths: is it made from this base?"
+                    f"expert '{name}' differs from the base by {size:.2f} of the base's size (matrices of "
+                    f"layer {len(modules) // 2}); a fine-tune differs by a few hundredths: is it made from this base?"
                 )
             elif size == 0 and self._same(index):
                 found.append(f"expert '{name}' is the base, weight for weight; it brings nothing")

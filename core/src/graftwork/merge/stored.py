@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from graftwork.errors import UserError
 from graftwork.merge.masks import FORMAT, Bits
-from graftwork.transform.beside import beside_files
+from graftwork.transform.beside import beside_files, metadata_of
 
 
 def read_masks(folder: Path, *, base_sha256: str | None = None) -> dict[str, Bits]:
@@ -22,16 +22,16 @@ def read_masks(folder: Path, *, base_sha256: str | None = None) -> dict[str, Bit
     """
     found: dict[str, Bits] = {}
     for path, keys in beside_files(folder).items():
+        metadata = metadata_of(path)
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"'{path}' holds no masks of the format {FORMAT}")
+        made_for = metadata.get("base_sha256")
+        if base_sha256 is not None and made_for != base_sha256:
+            raise UserError(
+                f"'{path}' holds masks for another base (its files' SHA-256 begins with {str(made_for)[:12]}, here "
+                f"it is {base_sha256[:12]}); name the base that they were made with"
+            )
+        columns = json.loads(metadata["columns"])
         with safe_open(path, framework="pt", device="cpu") as reader:
-            metadata = reader.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"'{path}' holds no masks of the format {FORMAT}")
-            made_for = metadata.get("base_sha256")
-            if base_sha256 is not None and made_for != base_sha256:
-                raise UserError(
-                    f"'{path}' holds masks for another base (its files' SHA-256 begins with {str(made_for)[:12]}, here "
-                    f"it is {base_sha256[:12]}); name the base that they were made with"
-                )
-            columns = json.loads(metadata["columns"])
             found |= {key: Bits(reader.get_tensor(key), columns[key]) for key in keys}
     return found

@@ -29,7 +29,7 @@ def tiny_experts(
     *,
     kind: str = "llama",
     dtype: torch.dtype = torch.float32,
-    size: float = 0.02,
+    size: float = 0.004,
     **changes: Any,
 ) -> tuple[Path, dict[str, str]]:
     """Write a base and an expert per name to ``folder``; return the base's folder and the experts' by name.

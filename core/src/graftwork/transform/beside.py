@@ -24,6 +24,7 @@ from graftwork.transform.writer import file_name, save_whole
 
 FOLDER = "beside"
 MANIFEST = "manifest.json"
+_ABOUT = "graftwork"
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -67,7 +68,9 @@ class Beside:
         """
         for label, tensors in stored.tensors.items():
             path = self.folder / label / file_name(number, self._count)
-            save_whole(path, tensors, stored.metadata[label])
+            # One entry, because safetensors writes several in an order that changes from run to run.
+            about = json.dumps(stored.metadata[label], sort_keys=True)
+            save_whole(path, tensors, {_ABOUT: about})
 
     def finish(self, target: Path, about: Callable[[], Mapping[str, Any]]) -> int:
         """Make the files ``target``, with a manifest of what transforms say ``about`` them; return their bytes.
@@ -117,6 +120,12 @@ def read_beside(folder: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt", device="cpu") as reader:
             found |= {key: reader.get_tensor(key) for key in keys}
     return found
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Return what a file that was stored beside a model says of its tensors; empty for any other file."""
+    with safe_open(path, framework="pt", device="cpu") as reader:
+        return json.loads((reader.metadata() or {}).get(_ABOUT, "{}"))
 
 
 def beside_files(folder: Path) -> dict[Path, list[str]]:
