@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from graftwork.edit.errors import RequestError
 from graftwork.edit.requests import SLOT, Probe, Request, with_slot
 from graftwork.errors import UserError, did_you_mean
+from graftwork.plugins import ENTRY_POINT_GROUP
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _KNOWN = {
@@ -31,7 +33,7 @@ def read_requests(ref: str, *, limit: int | None = None, offset: int = 0) -> lis
     """Return the requests that ``ref`` names: ``FILE`` (JSONL) or ``<layout>:FILE``.
 
     Layouts are ``jsonl``, ``counterfact`` (the paper's records or EasyEdit's flat ones), ``zsre`` (the target is the
-    first answer), ``zsre-alt`` (the counterfactual one) and ``facts`` (generated ones; ``facts:SEED``, and no file). What a
+    first answer), ``zsre-alt`` (the counterfactual one) and ``facts`` (generated ones; ``facts:SEED``, no file). What a
     plugin's package reads or makes is ``<module>:<function>`` or ``<module>:<function>:FILE``: the function takes the
     path, or None, and returns the requests.
 
@@ -81,6 +83,13 @@ def _cut(records: Sequence[Any], ref: str, limit: int | None, offset: int) -> li
 def _of_module(module: str, rest: str) -> Sequence[Request]:
     """Return what a function of an installed package gives."""
     name, _, path = rest.partition(":")
+    # A recipe is read by people who did not write it: it may name what plugins bring, not any function there is.
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    if module.partition(".")[0] not in {point.module.partition(".")[0] for point in points}:
+        raise UserError(
+            f"requests '{module}:{rest}': '{module.partition('.')[0]}' is no package of an installed plugin, and only "
+            f"functions of such are called"
+        )
     try:
         function = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
