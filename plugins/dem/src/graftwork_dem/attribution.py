@@ -1,6 +1,6 @@
 """Attribution: tracing to first order, by one gradient instead of a pass per place. The formula is ours.
 
-    a(l, m) = mean over draws of  sum over event tokens t of  < dJ / do_lm(t) |corrupted , o_clean(t) - o_corrupted(t) >
+a(l, m) = mean over draws of  sum over event tokens t of  < dJ / do_lm(t) |corrupted , o_clean(t) - o_corrupted(t) >
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def dispersion(scores: torch.Tensor) -> Dispersion | None:
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Return Spearman's rho of two maps of one shape; equal values share their mean rank. None where one is constant."""
+    """Return Spearman's rho of two maps; equal values share their mean rank. None where one is constant."""
     x, y = _ranks(a.flatten().double()), _ranks(b.flatten().double())
     x, y = x - x.mean(), y - y.mean()
     size = float(x.norm() * y.norm())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,6 @@ from graftwork_dem.recall import contributions
 from graftwork_dem.select import Place, parse_place, select
 from graftwork_dem.trace import Traced, trace
 
-Progress = Callable[[int], Any]
-
 
 @dataclass(frozen=True)
 class Located:
@@ -29,13 +27,17 @@ class Located:
 
     Attributes:
         request: which.
-        scores: layers x 2 (attn, mlp), the mean over the lines that count; zeros where none does.
-        own: those of the request's own line alone: before decoupling.
+        gains: layers x 2 (attn, mlp), what a place gives to the target's log-probability, mean over the request and its
+            variants; what edits are placed by.
+        scores: gains as shares of what the noise costs, mean over the lines that lose enough; zeros where none does;
+            what maps are made of. For modes without noise the same as gains.
+        own: the scores of the request's own line alone: before decoupling.
         skipped: why it has no scores, where it has none.
         clean, corrupted: J of the request's own line, where the mode measures them.
     """
 
     request: Request
+    gains: torch.Tensor
     scores: torch.Tensor
     own: torch.Tensor
     skipped: str | None = None
@@ -58,10 +60,18 @@ def locate(
     *,
     seed: int,
     std: float | None = None,
+    gate: bool = False,
 ) -> Located:
     """Return the scores of one request by attribution, tracing, recall, a list, or chance.
 
-    ``std``: see :func:`graftwork_dem.passes.noise_scale`; taken from the model where None.
+    Args:
+        model, tokenizer: the model.
+        request: one.
+        sites: all of the model's.
+        options: the mode and its numbers.
+        seed: noise and chance depend on it and on the request's id, not on the order of the requests.
+        std: see :func:`graftwork_dem.passes.noise_scale`; taken from the model where None.
+        gate: spare the tracing of lines that will not count in ``scores``; ``gains`` are then of no use.
 
     Raises:
         LocalizationError: a listed site that the model does not have.
@@ -76,26 +86,28 @@ def locate(
                     f"site {kind}.{layer} is listed, and the model has layers 0 to {layers - 1}"
                 )
             empty[layer, KINDS.index(kind)] = 1
-        return Located(request, empty, empty)
+        return Located(request, empty, empty, empty)
     if options.mode == "random":
         scores = torch.rand(
             layers, len(KINDS), dtype=torch.float64, generator=generator(seed, "random", request.id)
         )
-        return Located(request, scores, scores)
+        return Located(request, scores, scores, scores)
     subjects = [request.subject, *request.variants[: options.locate_variants]]
     lines = [line(tokenizer, request, subject) for subject in subjects]
     if options.mode == "recall":
         found = [contributions(model, one, sites)[0] for one in lines]
-        return Located(request, torch.stack(found).mean(0), found[0])
+        mean = torch.stack(found).mean(0)
+        return Located(request, mean, mean, found[0])
     std = (noise_scale(model) if std is None else std) * options.noise
     traced = [
-        _traced(model, one, sites, options, std, generator(seed, "noise", request.id, subject))
+        _traced(model, one, sites, options, std, gate, generator(seed, "noise", request.id, subject))
         for one, subject in zip(lines, subjects, strict=True)
     ]
     counted = [one.scores for one in traced if one.skipped is None]
     own = traced[0]
     return Located(
         request,
+        torch.stack([one.gains for one in traced]).mean(0),
         torch.stack(counted).mean(0) if counted else empty,
         own.scores,
         None if counted else own.skipped,
@@ -105,7 +117,13 @@ def locate(
 
 
 def _traced(
-    model: Any, one: Line, sites: Sequence[Site], options: LocateOptions, std: float, noise: torch.Generator
+    model: Any,
+    one: Line,
+    sites: Sequence[Site],
+    options: LocateOptions,
+    std: float,
+    gate: bool,
+    noise: torch.Generator,
 ) -> Traced:
     if options.mode == "trace":
         return trace(
@@ -118,6 +136,7 @@ def _traced(
             width=options.window,
             stride=options.stride,
             where=options.restore,
+            gate=gate,
         )
     return attribute(model, one, sites, std=std, draws=options.draws, generator=noise)
 
@@ -127,39 +146,27 @@ def places(
 ) -> list[dict[Place, float]]:
     """Return Omega and pi of every request.
 
-    ``donors`` (mode other): whose scores each request takes instead of its own.
+    ``donors`` (mode other): whose gains each request takes instead of its own.
 
     Raises:
-        LocalizationError: a request without scores, or without a positive one.
+        LocalizationError: a request without a positive gain among the places that may be chosen.
     """
-    given = list(donors or located)
-    for one in given:
-        if one.skipped is not None and options.scope == "edit":
-            raise LocalizationError(
-                f"request '{one.request.id}' cannot be located: {one.skipped}; take scope: batch, another mode, or "
-                f"leave it out"
-            )
-    scores = [_allowed(one.scores, options) for one in given]
+    gains = [_allowed(one.gains, options) for one in donors or located]
     if options.scope == "batch":
-        counted = [score for score, one in zip(scores, given, strict=True) if one.skipped is None]
-        if not counted:
-            raise LocalizationError(
-                f"no request of the batch can be located; the first: {given[0].skipped}"
-            )
-        scores = [torch.stack(counted).mean(0)] * len(given)
+        gains = [torch.stack(gains).mean(0)] * len(gains)
     fixed = options.mode == "fixed"
     return [
         select(
-            score,
+            gain,
             n_sites=len(options.sites) if fixed else options.n_sites,
             min_attn=options.min_attn if "attn" in options.kinds and not fixed else 0,
             min_mlp=options.min_mlp if "mlp" in options.kinds and not fixed else 0,
             # What a user lists is taken as deep as it is.
-            deepest=len(score) - 1 if fixed else options.l_max,
+            deepest=len(gain) - 1 if fixed else options.l_max,
             weights="uniform" if options.mode in ("fixed", "random") else options.weights,
             where=f"request '{one.request.id}'",
         )
-        for one, score in zip(located, scores, strict=True)
+        for one, gain in zip(located, gains, strict=True)
     ]
 
 

@@ -28,7 +28,9 @@ class LocateOptions(BaseModel):
     draws: int = Field(10, ge=1, description="draws of the noise")
     window: int = Field(3, ge=1, description="mode trace: layers that are restored together")
     stride: int = Field(
-        1, ge=1, description="mode trace: every how many layers a window is centred; others take the nearest score"
+        1,
+        ge=1,
+        description="mode trace: every how many layers a window is centred; others take the nearest score",
     )
     restore: Literal["last", "event"] = Field(
         "last", description="mode trace: restore the last event token, or all of them"
@@ -40,7 +42,9 @@ class LocateOptions(BaseModel):
         "edit", description="sites for every request by itself, or one choice by the mean scores of the batch"
     )
     n_sites: int = Field(6, ge=1, description="sites of an edit")
-    min_attn: int = Field(1, ge=0, description="attention projections among them, where they have positive scores")
+    min_attn: int = Field(
+        1, ge=0, description="attention projections among them, where they have positive scores"
+    )
     min_mlp: int = Field(1, ge=0, description="MLP projections among them, where they have positive scores")
     kinds: list[Literal["attn", "mlp"]] = Field(
         ["attn", "mlp"], min_length=1, description="kinds of sites that may be chosen"
@@ -70,7 +74,9 @@ class LocateOptions(BaseModel):
         least = {"attn": self.min_attn, "mlp": self.min_mlp}
         wanted = sum(least[kind] for kind in set(self.kinds))
         if self.mode != "fixed" and wanted > self.n_sites:
-            raise ValueError(f"min_attn and min_mlp ask for {wanted} sites, and n_sites allows {self.n_sites}")
+            raise ValueError(
+                f"min_attn and min_mlp ask for {wanted} sites, and n_sites allows {self.n_sites}"
+            )
         if self.mode in ("attribution", "trace", "other") and self.noise == 0:
             raise ValueError("noise: 0 changes nothing, so no site gives anything back; take 3")
         return self

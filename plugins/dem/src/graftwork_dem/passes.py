@@ -43,9 +43,7 @@ def noise_scale(model: Any) -> float:
     return float(model.get_input_embeddings().weight.detach().float().std())
 
 
-def corrupted(
-    model: Any, line: Line, *, std: float, draws: int, generator: torch.Generator
-) -> torch.Tensor:
+def corrupted(model: Any, line: Line, *, std: float, draws: int, generator: torch.Generator) -> torch.Tensor:
     """Return the line's embeddings ``draws`` times with Gaussian noise on the event's tokens, draws x T x h."""
     clean = embeddings(model, line)
     noise = std * torch.randn(draws, len(line.event), clean.shape[-1], generator=generator)
@@ -118,9 +116,7 @@ def record(model: Any, line: Line, hidden: torch.Tensor, sites: Sequence[Site]) 
     return Record(outputs, [*inputs, last[0]], calls, target_log_prob(logits[:, predicts], line))
 
 
-def rerun(
-    model: Any, line: Line, of: Record, start: int, changes: Mapping[Site, Change]
-) -> torch.Tensor:
+def rerun(model: Any, line: Line, of: Record, start: int, changes: Mapping[Site, Change]) -> torch.Tensor:
     """Run a recorded pass again from layer ``start`` on with ``changes``, and return J (B).
 
     Earlier layers have no site in ``changes``: what they gave is known. Only positions that predict the target go

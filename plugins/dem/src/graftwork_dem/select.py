@@ -39,7 +39,9 @@ def select(
         LocalizationError: no positive score up to the deepest layer, or a score that is no number.
     """
     if not bool(torch.isfinite(scores).all()):
-        raise LocalizationError(f"{where}: a score is no number (NaN or infinity); look at the model's weights")
+        raise LocalizationError(
+            f"{where}: a score is no number (NaN or infinity); look at the model's weights"
+        )
     deepest = default_deepest(len(scores)) if deepest is None else min(deepest, len(scores) - 1)
     known: list[tuple[float, int, int]] = [
         (-float(scores[layer, kind]), layer, kind)

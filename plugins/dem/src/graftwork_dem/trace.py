@@ -80,9 +80,7 @@ def trace(
     gains = torch.zeros(layers, len(KINDS), dtype=torch.float64)
     with torch.no_grad():
         clean = record(model, line, embeddings(model, line), sites)
-        dirty = record(
-            model, line, corrupted(model, line, std=std, draws=draws, generator=generator), sites
-        )
+        dirty = record(model, line, corrupted(model, line, std=std, draws=draws, generator=generator), sites)
         before, after = float(clean.j.mean()), float(dirty.j.double().mean())
         skipped = None
         if std == 0:
