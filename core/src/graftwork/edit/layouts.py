@@ -96,7 +96,8 @@ def _of_module(module: str, rest: str) -> Sequence[Request]:
         raise UserError(f"requests '{module}:{rest}': '{module}' cannot be imported: {error}") from None
     if not callable(function):
         raise UserError(f"requests '{module}:{rest}': '{module}' has no function '{name}'")
-    return function(Path(path) if path else None)
+    made: Any = function(Path(path) if path else None)
+    return made
 
 
 def write_requests(path: Path, requests: Iterable[Request]) -> None:

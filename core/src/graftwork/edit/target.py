@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from graftwork.edit.encoding import encode, pad, rows_of
+from graftwork.edit.errors import LocalizationError
 from graftwork.edit.requests import Request
 from graftwork.edit.scoring import of_targets, target_logits
 from graftwork.errors import UserError
@@ -96,6 +97,7 @@ def optimise_state(
 
     Raises:
         UserError: the loss is no number.
+        LocalizationError: nothing that is added there reaches the target, as behind the last layer.
     """
     rows = rows_of(tokenizer, request, prefixes, variants=options.variants)
     count = len(rows)
@@ -119,7 +121,7 @@ def optimise_state(
             likely = torch.stack([of_targets(logits[i], rows[i]).mean() for i in range(count)]).mean()
             drift = (before.exp() * (before - essence)).sum()
             factor = 1.0
-            if options.known < 1 and float(drift) > 0.01 and _known(logits[:count], rows[:count]):
+            if options.known < 1 and float(drift.detach()) > 0.01 and _known(logits[:count], rows[:count]):
                 factor = options.known
             size = sum(
                 (delta.norm() / clean[name].norm().square() for name, delta in deltas.items()),
@@ -135,9 +137,13 @@ def optimise_state(
             losses.append(value)
             if value < options.stop or step + 1 == options.steps:
                 break
-            for delta, gradient in zip(
-                deltas.values(), torch.autograd.grad(loss, list(deltas.values())), strict=True
-            ):
+            gradients = torch.autograd.grad(loss, list(deltas.values()))
+            if step == 0 and not any(bool(one.any()) for one in gradients):
+                raise LocalizationError(
+                    f"request '{request.id}': what is added at {' and '.join(points)} cannot reach the target; edit at "
+                    f"an earlier layer"
+                )
+            for delta, gradient in zip(deltas.values(), gradients, strict=True):
                 # The norm has no direction at zero, where the pull of the decay is none.
                 delta.grad = torch.nan_to_num(gradient)
             adam.step()

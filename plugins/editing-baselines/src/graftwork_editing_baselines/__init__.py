@@ -1,0 +1,1 @@
+"""Baselines of knowledge editing: ROME, MEMIT, PMET, AlphaEdit and constrained fine-tuning."""
