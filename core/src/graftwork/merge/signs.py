@@ -1,6 +1,6 @@
 """Which way most experts go, entry by entry, and what those that go that way have in common.
 
-Deltas are experts x rows x columns in float32, experts in their fixed order; sums are taken in float64, one after the
+Deltas are experts x rows x columns in float32 (or float64), experts in their fixed order; sums are taken in float64, one after the
 other, and rounded once.
 """
 

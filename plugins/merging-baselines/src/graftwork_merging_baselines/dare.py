@@ -38,11 +38,11 @@ class DareMethod(MergeMethod):
         return (self.options.alpha * merged).float()
 
     def _left(self, piece: Piece, index: int) -> torch.Tensor:
-        """Return ``b * tau / (1 - p)`` of one expert."""
+        """Return ``b * tau / (1 - p)`` of one expert, in float64."""
         delta = piece.deltas[index]
         key = (self.seed, piece.experts[index], piece.name)
         gone = dropped(key, piece.offset, delta.numel(), self.options.drop).view_as(delta)
-        return torch.where(gone, 0.0, (delta.double() / (1 - self.options.drop)).float())
+        return torch.where(gone, 0.0, delta.double() / (1 - self.options.drop))
 
 
 class Dare(MergePlugin):
