@@ -14,10 +14,17 @@ from graftwork.edit.encoding import BUDGET, Batch, Row, batches, pad
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says about one row's target: per token, its log-probability, and whether it is the likeliest."""
+    """What a model says about one row's target, per token.
+
+    Attributes:
+        log_probs: of the target's tokens (nats, float32).
+        hits: whether they are the likeliest.
+        likeliest: the token that is; where the row has no target, the one that would follow.
+    """
 
     log_probs: torch.Tensor
     hits: torch.Tensor
+    likeliest: torch.Tensor
 
     @property
     def mean(self) -> float:
@@ -59,7 +66,7 @@ def target_logits(model: Any, batch: Batch) -> list[torch.Tensor]:
 
 def of_targets(logits: torch.Tensor, row: Row) -> torch.Tensor:
     """Return the log-probabilities of a row's target from its logits (tokens x V)."""
-    ids = torch.tensor(row.target, device=logits.device)
+    ids = torch.tensor(row.target, dtype=torch.long, device=logits.device)
     return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
@@ -79,8 +86,9 @@ def score(
             for row, logits in zip(
                 some, target_logits(model, pad(some, tokenizer, model, side)), strict=True
             ):
-                hits = logits.argmax(-1).cpu() == torch.tensor(row.target)
-                found.append(Scored(of_targets(logits, row).cpu(), hits))
+                likeliest = logits.argmax(-1).cpu()
+                hits = likeliest == torch.tensor(row.target, dtype=torch.long)
+                found.append(Scored(of_targets(logits, row).cpu(), hits, likeliest))
             if progress:
                 progress(len(some))
     return found
