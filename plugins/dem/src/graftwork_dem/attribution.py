@@ -13,7 +13,7 @@ from graftwork.edit.sites import KINDS, Site
 
 from graftwork_dem.lines import Line
 from graftwork_dem.passes import corrupted, embeddings, record
-from graftwork_dem.trace import SMALLEST, Traced, Where
+from graftwork_dem.trace import SMALLEST, Traced, Where, too_little
 
 
 def attribute(
@@ -25,6 +25,7 @@ def attribute(
     draws: int,
     generator: torch.Generator,
     where: Where = "event",
+    least: float = SMALLEST,
 ) -> Traced:
     """Return first-order gains (layers x 2) of restoring each site: two forward passes and one backward pass.
 
@@ -52,8 +53,6 @@ def attribute(
     if std == 0:
         after = before
     lost = before - after
-    skipped = None
-    if lost < SMALLEST:
-        skipped = f"noise on its event costs {lost:.3g} of log-probability, less than {SMALLEST}"
-    scores = gains / lost if lost >= SMALLEST else torch.zeros_like(gains)
+    skipped = too_little(lost, least)
+    scores = torch.zeros_like(gains) if skipped else gains / lost
     return Traced(scores, gains, before, after, skipped)

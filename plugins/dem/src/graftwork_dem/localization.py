@@ -23,6 +23,7 @@ from graftwork_dem.facts import facts
 from graftwork_dem.locate import Located, locate
 from graftwork_dem.options import LocateOptions
 from graftwork_dem.passes import noise_scale
+from graftwork_dem.trace import SMALLEST
 
 KNOWN = 0.3
 """A fact counts as known from this mean probability of its tokens on, or where all of them are the likeliest."""
@@ -51,6 +52,9 @@ class LocalizationOptions(LocateOptions):
     )
     facts: str | None = Field(None, description="factual requests; 110 of ours if not set")
     items: int = Field(50, ge=1, description="requests of each set that count, the first ones that do")
+    least: float = Field(
+        SMALLEST, ge=0, description="log-probability per token that noise must cost for a request to count"
+    )
     known: bool = Field(True, description="count only facts that the model knows")
     compare: bool = Field(
         True, description="mode trace: score by attribution, too, and say how both maps agree"
@@ -125,7 +129,17 @@ class _Set:
                 unknown = options.known and which == "facts" and not knows(model, tokenizer, request)
                 one = None
                 if not unknown:
-                    one = locate(model, tokenizer, request, sites, options, seed=seed, std=std, gate=True)
+                    one = locate(
+                        model,
+                        tokenizer,
+                        request,
+                        sites,
+                        options,
+                        seed=seed,
+                        std=std,
+                        gate=True,
+                        least=options.least,
+                    )
                 why = "the model does not know it" if one is None else one.skipped
                 if one is not None and why is None and dispersion(one.scores) is None:
                     why = "no site has a positive score"

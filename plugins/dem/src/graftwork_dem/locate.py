@@ -18,7 +18,7 @@ from graftwork_dem.options import LocateOptions
 from graftwork_dem.passes import noise_scale
 from graftwork_dem.recall import contributions
 from graftwork_dem.select import Place, parse_place, select
-from graftwork_dem.trace import Traced, trace
+from graftwork_dem.trace import SMALLEST, Traced, trace
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def locate(
     seed: int,
     std: float | None = None,
     gate: bool = False,
+    least: float = SMALLEST,
 ) -> Located:
     """Return the scores of one request by attribution, tracing, recall, a list, or chance.
 
@@ -72,6 +73,7 @@ def locate(
         seed: noise and chance depend on it and on the request's id, not on the order of the requests.
         std: see :func:`graftwork_dem.passes.noise_scale`; taken from the model where None.
         gate: spare the tracing of lines that will not count in ``scores``; ``gains`` are then of no use.
+        least: log-probability that noise must cost for a line to count in ``scores``.
 
     Raises:
         LocalizationError: a listed site that the model does not have.
@@ -100,7 +102,7 @@ def locate(
         return Located(request, mean, mean, found[0])
     std = (noise_scale(model) if std is None else std) * options.noise
     traced = [
-        _traced(model, one, sites, options, std, gate, generator(seed, "noise", request.id, subject))
+        _traced(model, one, sites, options, std, gate, least, generator(seed, "noise", request.id, subject))
         for one, subject in zip(lines, subjects, strict=True)
     ]
     counted = [one.scores for one in traced if one.skipped is None]
@@ -123,6 +125,7 @@ def _traced(
     options: LocateOptions,
     std: float,
     gate: bool,
+    least: float,
     noise: torch.Generator,
 ) -> Traced:
     if options.mode == "trace":
@@ -137,8 +140,9 @@ def _traced(
             stride=options.stride,
             where=options.restore,
             gate=gate,
+            least=least,
         )
-    return attribute(model, one, sites, std=std, draws=options.draws, generator=noise)
+    return attribute(model, one, sites, std=std, draws=options.draws, generator=noise, least=least)
 
 
 def places(

@@ -38,6 +38,13 @@ class Traced:
     skipped: str | None = None
 
 
+def too_little(lost: float, least: float) -> str | None:
+    """Return why a line that loses so much log-probability by noise is skipped, where it is."""
+    if lost >= least and lost > torch.finfo(torch.float32).eps:
+        return None
+    return f"noise on its event costs {lost:.3g} of log-probability, less than {least:g}"
+
+
 def windows(layers: int, width: int, stride: int) -> list[tuple[int, range, range]]:
     """Return for every window its centre, the layers that are restored, and those whose score it is.
 
@@ -69,11 +76,12 @@ def trace(
     stride: int = 1,
     where: Where = "last",
     gate: bool = True,
+    least: float = SMALLEST,
 ) -> Traced:
     """Trace one line: 2 L / stride passes of ``draws`` rows, each from its window's first layer on.
 
-    ``std`` is that of the noise itself. With ``gate`` lines that lose less than 0.05 are not traced at all. Of a noise
-    of 0 nothing is lost: J is the same and the line is skipped.
+    ``std`` is that of the noise itself. A line that loses less than ``least`` by it, or nothing, is skipped: its
+    scores are zero, and with ``gate`` it is not traced at all. Noise of 0 takes nothing away: J is the same.
     """
     at = {(site.layer, site.kind): site for site in sites}
     layers = 1 + max(site.layer for site in sites)
@@ -82,13 +90,9 @@ def trace(
         clean = record(model, line, embeddings(model, line), sites)
         dirty = record(model, line, corrupted(model, line, std=std, draws=draws, generator=generator), sites)
         before, after = float(clean.j.mean()), float(dirty.j.double().mean())
-        skipped = None
         if std == 0:
             after = before
-        if before - after < SMALLEST:
-            skipped = (
-                f"noise on its event costs {before - after:.3g} of log-probability, less than {SMALLEST}"
-            )
+        skipped = too_little(before - after, least)
         if skipped and (gate or std == 0):
             return Traced(torch.zeros_like(gains), gains, before, after, skipped)
         positions = line.last if where == "last" else line.event
@@ -101,6 +105,5 @@ def trace(
                 }
                 j = rerun(model, line, dirty, restored.start, changes)
                 gains[own.start : own.stop, place] = float(j.double().mean()) - after
-    lost = max(before - after, torch.finfo(torch.float32).eps)
-    scores = torch.zeros_like(gains) if skipped else (gains / lost).clamp(0, HIGHEST)
+    scores = torch.zeros_like(gains) if skipped else (gains / (before - after)).clamp(0, HIGHEST)
     return Traced(scores, gains, before, after, skipped)
