@@ -1,0 +1,121 @@
+"""Against mergekit: TIES on the same checkpoints, with the same settings, on the same machine.
+
+Each side is a process of its own that reads SmolLM2-135M (float32) and three fine-tunes of it, made here by adding
+noise, and writes the merged checkpoint. Its time is that of the processor, for the whole process; its memory is the
+largest resident size. mergekit trims every tensor by itself, so ours does (``trim_scope: tensor``); the density is one
+at which both count the same number of entries.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graftwork.models import load_model, load_tokenizer, resolve
+from graftwork.testing.experts import tensors_of
+from graftwork.testing.runs import trainer_command
+from measured import in_pairs
+from processes import Used, peer_python, run_measured
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+MODEL = "smollm2-135m"
+DENSITY = 0.25
+EXPERTS = 3
+PAIRS = 2
+TIME, MEMORY, FLAT = 0.7, 0.7, 1.05
+
+
+@pytest.fixture(scope="module")
+def peer() -> Path:
+    return peer_python("mergekit", HERE / "requirements.txt")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("experts")
+    found = []
+    for number in range(EXPERTS):
+        model = load_model(MODEL)
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.002 * torch.randn(parameter.shape, generator=draw)
+        model.save_pretrained(folder / f"e{number}")
+        load_tokenizer(MODEL).save_pretrained(folder / f"e{number}")
+        found.append(str(folder / f"e{number}"))
+    return found
+
+
+def ours(experts: list[str], output: Path, *settings: str) -> Used:
+    sets = [
+        *(f"transform.experts.e{number}={ref}" for number, ref in enumerate(experts)),
+        "transform.merge.embeddings=merge",
+        *settings,
+    ]
+    words = ["transform", "--model", MODEL, "--plugin", "ties", "--output", str(output)]
+    used = run_measured(trainer_command([*words, *(word for one in sets for word in ("--set", one))]))
+    seconds = json.loads((output / "result.json").read_text())["eval_seconds"]
+    return Used(used.seconds, used.peak_mib, {"merge_seconds": seconds})
+
+
+def theirs(python: Path, experts: list[str], output: Path) -> Used:
+    return run_measured([python, HERE / "merge.py", resolve(MODEL).path, str(DENSITY), output, *experts])
+
+
+def test_time_memory_and_result(record: Any, peer: Path, experts: list[str], tmp_path: Path) -> None:
+    runs: dict[str, list[Used]] = {"ours": [], "theirs": []}
+
+    def one(side: str) -> float:
+        output = tmp_path / f"{side}-{len(runs[side])}"
+        done = (
+            ours(experts, output, "plugins.ties.trim_scope=tensor", f"plugins.ties.keep={DENSITY}")
+            if side == "ours"
+            else theirs(peer, experts, output)
+        )
+        runs[side].append(done)
+        return done.seconds
+
+    in_pairs(lambda: one("ours"), lambda: one("theirs"), pairs=PAIRS, warmup=0, label="TIES, two libraries")
+    misses: list[str] = []
+
+    def hold(what: str, mine: list[float], other: list[float], limit: float, unit: str) -> None:
+        # All figures are written, whichever of them misses.
+        try:
+            record(f"mergekit_{what}", ("graftwork ties", mine), ("mergekit", other), limit=limit, unit=unit)
+        except AssertionError as error:
+            misses.append(str(error))
+
+    mine, other = runs["ours"], runs["theirs"]
+    hold("time", [run.seconds for run in mine], [run.seconds for run in other], TIME, "s of processor")
+    hold(
+        "merge_time",
+        [run.said["merge_seconds"] for run in mine],
+        [run.said["merge_seconds"] for run in other],
+        TIME,
+        "s",
+    )
+    hold("memory", [run.peak_mib for run in mine], [run.peak_mib for run in other], MEMORY, "MiB")
+    found, expected = tensors_of(tmp_path / "ours-0/model"), tensors_of(tmp_path / "theirs-0")
+    assert set(found) == set(expected) - {"lm_head.weight"}
+    entries = unlike = 0
+    for name, tensor in found.items():
+        different = (tensor - expected[name].float()).abs() > 1e-6
+        entries, unlike = entries + tensor.numel(), unlike + int(different.sum())
+    # Entries of exactly the threshold's size: mergekit takes any of them, ours the first ones.
+    print(f"\n{unlike} of {entries} entries differ by more than 1e-6")
+    assert unlike <= 1e-6 * entries
+    assert not misses, "\n".join(misses)
+
+
+def test_memory_is_flat_over_the_number_of_experts(experts: list[str], tmp_path: Path) -> None:
+    """One expert, and eight (the three, named more than once)."""
+    peaks = {
+        count: ours([experts[number % EXPERTS] for number in range(count)], tmp_path / f"of-{count}").peak_mib
+        for count in (1, 8)
+    }
+    print("\npeak MiB:", {count: round(peak) for count, peak in peaks.items()})
+    assert peaks[8] <= FLAT * peaks[1]
