@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.data.texts import text_windows
 from graftwork.edit.editor import Editor
+from graftwork.edit.draft import gain_note
 from graftwork.edit.edits import Applied, EditSet
 from graftwork.edit.encoding import check_lengths
 from graftwork.edit.held import Drift, Held
@@ -70,7 +71,7 @@ class EditingOptions(BaseModel):
     )
     generate: bool = Field(True, description="let the model write after each prompt, for generated_accuracy")
     fluency_tokens: int = Field(
-        0, ge=0, description="tokens written per request for fluency; 0 measures none, 100 usual"
+        0, ge=0, description="tokens written per request for fluency; 0: none, 100 is usual"
     )
 
 
@@ -84,6 +85,7 @@ class _Found:
     shares: list[float] = field(default_factory=list)
     lost: list[float] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
 
 
 def editing_benchmark(name: str, options: Any, make: Callable[[Any], Editor]) -> Benchmark:
@@ -215,6 +217,9 @@ def _windows(text: str, evaluation: Evaluation, count: int | None, salt: int) ->
 def _note(found: _Found, edits: EditSet) -> None:
     sites = edits.report.get("sites", {})
     found.weights.append(len(sites))
+    note = gain_note(edits)
+    if note:
+        found.notes[note] = None
     found.shares += [one["share"] for one in sites.values()]
     found.lost += [one["lost"] for one in sites.values()]
 
@@ -234,7 +239,7 @@ def _measurement(
     if any(value is not None for value in locality):
         items["locality"] = locality
     means = {name: mean(values) for name, values in items.items()}
-    values: dict[str, float | None] = {
+    singles: dict[str, float | None] = {
         "score": score_of(means),
         "before_score": score_of({name: means.get(f"before_{name}") for name in WORDS}),
         "edit_share": mean(found.shares),
@@ -242,8 +247,8 @@ def _measurement(
         "edited_weights": mean(found.weights),
     }
     if found.drifts:
-        values["drift"] = mean([one.divergence for one in found.drifts])
-        values["perplexity_ratio"] = mean([one.perplexity_ratio for one in found.drifts])
+        singles["drift"] = mean([one.divergence for one in found.drifts])
+        singles["perplexity_ratio"] = mean([one.perplexity_ratio for one in found.drifts])
     rows = [
         {
             **request.record(),
@@ -255,9 +260,11 @@ def _measurement(
         for i, (request, old, new) in enumerate(zip(requests, before, after, strict=True))
     ]
     notes = [
-        f"{len(requests)} requests in {batches} batches; figures compare within: {identity}",
+        f"requests: {len(requests)}, batches: {batches}; figures compare within: {identity}",
         "the weights were restored bit for bit",
+        # One sentence is enough where many batches say the same.
+        *list(found.notes)[:1],
     ]
     if found.drifts and found.drifts[0].tokens < 2000:
         notes.append(f"drift was measured on {found.drifts[0].tokens} tokens; 2,000 at least are due")
-    return Measurement(items, {k: v for k, v in values.items() if v is not None}, rows=rows, notes=notes)
+    return Measurement(items, {k: v for k, v in singles.items() if v is not None}, rows=rows, notes=notes)

@@ -132,3 +132,14 @@ def checked(
     count = int(changed.sum())
     lost = int((changed & (new == weight)).sum()) / count if count else 0.0
     return new, {"share": norm / size if size else 0.0, "lost": lost, "rank": change.left.shape[1]}
+
+
+def gain_note(edits: EditSet) -> str | None:
+    """Return a sentence where keys get less than half of what they need: the second moments weigh too much."""
+    gains = [one["gain"] for one in edits.report.get("sites", {}).values() if "gain" in one]
+    if not gains or min(gains) >= 0.5:
+        return None
+    return (
+        f"a key gets {min(gains):.2f} to {max(gains):.2f} of its residual per weight; below 0.5 says that the second "
+        f"moments weigh too much (lam)"
+    )

@@ -261,9 +261,12 @@ class EditSet:
 
 
 def added(weight: torch.Tensor, change: Change) -> torch.Tensor:
-    """Return ``weight`` (h x d) with the change, summed in float64 and rounded once to the weight's dtype."""
+    """Return ``weight`` (h x d) with the change, summed in float64 and rounded once to the weight's dtype.
+
+    Where the change is zero the weight keeps its bits, those of a negative zero, too.
+    """
     delta = change.left.to(weight.device).double() @ change.right.to(weight.device).double().T
-    return (weight.double() + delta).to(weight.dtype)
+    return torch.where(delta == 0, weight, (weight.double() + delta).to(weight.dtype))
 
 
 class Applied:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftwork.edit.draft import MAX_SHARE, checked
+from graftwork.edit.draft import MAX_SHARE, checked, gain_note
 from graftwork.edit.editor import Editor
 from graftwork.edit.edits import LABEL, LEFT, RIGHT, EditSet
 from graftwork.edit.encoding import check_lengths, encode_request
@@ -67,14 +67,15 @@ def edit_transform(
         edits = editor.edit(
             whole.model, whole.tokenizer, requests, statistics, console=whole.console, seed=whole.seed
         )
-        told = {**edits.metadata(), "told": _outcome(whole, requests, edits)}
+        notes = [_outcome(whole, requests, edits), gain_note(edits)]
+        told = {**edits.metadata(), "notes": [note for note in notes if note]}
         raw = json.dumps(told, ensure_ascii=False).encode()
         return {**edits.tensors(), _ABOUT: torch.frombuffer(bytearray(raw), dtype=torch.uint8)}
 
     def block(block: Block) -> None:
         about, edits = _prepared(block.prepared, editor.name)
         if block.index == 0:
-            block.notes.append(about["told"])
+            block.notes += about["notes"]
         stored: dict[str, torch.Tensor] = {}
         for name, change in edits.changes.items():
             if not name.startswith(f"{block.name}."):

@@ -49,17 +49,21 @@ def target_states(
     prefixes: Sequence[str],
     console: Console,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Return the wanted residual stream behind ``layer`` (n x h, float64), and how many steps each took."""
+    """Return the wanted residual stream behind ``layer`` (n x h, float64), and how many steps each took.
+
+    It is the stream as :func:`graftwork.edit.reading.states` reads it plus what was found, so that nothing found means
+    nothing to write.
+    """
     point = layer_point(model, layer)
     found, steps = [], []
     with console.bar(len(requests), "target states", "request") as bar:
         for request in requests:
             state = optimise_state(model, tokenizer, request, point, options, prefixes)
-            (value,) = state.target.values()
+            (value,) = state.delta.values()
             found.append(value.double())
             steps.append(len(state.losses))
             bar.update(1)
-    return torch.stack(found), steps
+    return states(model, tokenizer, requests, layer) + torch.stack(found), steps
 
 
 class MemitEditor:

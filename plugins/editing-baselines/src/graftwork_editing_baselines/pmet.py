@@ -92,10 +92,13 @@ class PmetEditor:
             for request in requests:
                 state = optimise_state(model, tokenizer, request, points, options.state, openings)
                 for kind, site in last.items():
-                    wanted[kind].append(state.target[site.name].double())
+                    wanted[kind].append(state.delta[site.name].double())
                 steps.append(len(state.losses))
                 bar.update(1)
-        goal = {kind: torch.stack(values) for kind, values in wanted.items()}
+        goal = {
+            kind: torch.stack(values) + outputs(model, tokenizer, requests, last[kind])
+            for kind, values in wanted.items()
+        }
         with Draft(model, sites, max_share=options.max_share) as draft:
             for site in sites:
                 end = last[site.kind]
