@@ -1,4 +1,4 @@
-"""Tracing: what restoring everything and nothing gives, how windows tile the layers, and that the model stays as it is."""
+"""Tracing: what restoring everything and nothing gives, how windows tile the layers, that the model stays as it is."""
 
 from __future__ import annotations
 
