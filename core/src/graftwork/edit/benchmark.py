@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork.data.texts import text_windows
-from graftwork.edit.editor import Editor
 from graftwork.edit.draft import gain_note
+from graftwork.edit.editor import Editor
 from graftwork.edit.edits import Applied, EditSet
 from graftwork.edit.encoding import check_lengths
 from graftwork.edit.held import Drift, Held

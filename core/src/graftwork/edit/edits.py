@@ -20,6 +20,7 @@ from graftwork.files import write_bytes_atomic
 from graftwork.transform.beside import FOLDER, beside_files, read_beside
 
 FORMAT = "graftwork-edits/1"
+HEADER = "edits"
 LABEL = "edits"
 """Where a transform stores its edits, beside the model."""
 LEFT, RIGHT = "R", "Z"
@@ -111,9 +112,12 @@ class EditSet:
         return found
 
     def metadata(self) -> dict[str, str]:
-        """Return what the file's header says: the format and the parts."""
+        """Return what the file's header says: the format and the parts, in one entry.
+
+        Entries of a header come in any order; with one of them the same set makes the same bytes.
+        """
         parts = [dataclasses.asdict(part) for part in self.parts]
-        return {"format": FORMAT, "parts": json.dumps(parts, ensure_ascii=False)}
+        return {HEADER: json.dumps({"format": FORMAT, "parts": parts}, ensure_ascii=False)}
 
     def to_bytes(self) -> bytes:
         return save(self.tensors(), self.metadata())
@@ -154,10 +158,11 @@ class EditSet:
     ) -> EditSet:
         """Return the set that :meth:`tensors` and :meth:`metadata` describe. Raises UserError where they do not."""
         try:
-            if metadata["format"] != FORMAT:
+            about = json.loads(metadata[HEADER])
+            if about["format"] != FORMAT:
                 raise ValueError
             parts = []
-            for fields in json.loads(metadata["parts"]):
+            for fields in about["parts"]:
                 columns = {name: (int(a), int(b)) for name, (a, b) in fields.pop("columns").items()}
                 parts.append(Part(columns=columns, **fields))
             names = sorted(key.removesuffix(f".{LEFT}") for key in tensors if key.endswith(f".{LEFT}"))

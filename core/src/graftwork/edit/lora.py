@@ -1,4 +1,4 @@
-"""An edit set as a PEFT adapter: ``dW = R Z^T`` is a LoRA with B = R, A = Z^T and scale 1, to be switched on and off."""
+"""An edit set as a PEFT adapter: dW = R Z^T is a LoRA with B = R, A = Z^T and scale 1, to be switched on and off."""
 
 from __future__ import annotations
 

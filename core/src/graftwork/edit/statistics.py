@@ -68,18 +68,21 @@ class Moment:
         """Write the lower triangle in float32, the count and the fingerprint; the file is whole or absent."""
         d = len(self.mean)
         rows, columns = torch.tril_indices(d, d)
-        metadata = {"format": FORMAT, "count": str(self.count), "fingerprint": json.dumps(self.fingerprint)}
-        write_bytes_atomic(path, save({"lower": self.mean[rows, columns].float()}, metadata))
+        # In one entry: several come in any order, and the same moments would not make the same bytes.
+        about = {"format": FORMAT, "count": self.count, "fingerprint": dict(self.fingerprint)}
+        write_bytes_atomic(
+            path, save({"lower": self.mean[rows, columns].float()}, {"moment": json.dumps(about)})
+        )
 
     @classmethod
     def load(cls, path: Path) -> Moment:
         """Read a moment. Raises StatsError where the file is missing, damaged or something else."""
         try:
             with safe_open(path, framework="pt", device="cpu") as reader:
-                about = reader.metadata() or {}
-                if about.get("format") != FORMAT:
+                about = json.loads((reader.metadata() or {})["moment"])
+                if about["format"] != FORMAT:
                     raise ValueError(f"its format is not {FORMAT}")
-                fingerprint = json.loads(about["fingerprint"])
+                fingerprint = about["fingerprint"]
                 d = int(fingerprint["d"])
                 lower = reader.get_tensor("lower").double()
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ import torch
 
 from graftwork.edit.draft import MAX_SHARE, checked, gain_note
 from graftwork.edit.editor import Editor
-from graftwork.edit.edits import LABEL, LEFT, RIGHT, EditSet
+from graftwork.edit.edits import HEADER, LABEL, LEFT, RIGHT, EditSet
 from graftwork.edit.encoding import check_lengths, encode_request
 from graftwork.edit.requests import Request, check_requests
 from graftwork.edit.scoring import score
@@ -98,7 +98,7 @@ def edit_transform(
             )
             stored[f"{name}.{LEFT}"], stored[f"{name}.{RIGHT}"] = change.left, change.right
         if stored:
-            block.beside(LABEL, stored, {key: about[key] for key in ("format", "parts")})
+            block.beside(LABEL, stored, {HEADER: about[HEADER]})
 
     return WeightTransform(editor.name, block, needs="none", prepare=prepare, figures=FIGURES)
 
