@@ -148,7 +148,7 @@ def test_a_compression_may_follow_and_nothing_may_come_before(tokenizer: Any) ->
     def double(block: Block) -> None:
         block.get("mlp.down_proj").weight.data *= 2
 
-    with pytest.raises(UserError, match="'plain' edits 'model.layers.1.mlp.down_proj' as it is in the model"):
+    with pytest.raises(UserError, match=r"'plain' edits 'model.layers.1.mlp.down_proj' as it is in the model"):
         engine(source, None, tokenizer, WeightTransform("double", double, needs="none"), edit).run()
     # A change elsewhere does no harm.
     engine(source, None, tokenizer, edit, WeightTransform("double", double, needs="none")).run()

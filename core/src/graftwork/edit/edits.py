@@ -17,7 +17,7 @@ from torch import nn
 from graftwork.edit.sites import oriented, tensor_digest
 from graftwork.errors import UserError
 from graftwork.files import write_bytes_atomic
-from graftwork.transform.beside import FOLDER, beside_files, read_beside
+from graftwork.transform.beside import FOLDER, beside_files, metadata_of, read_beside
 
 FORMAT = "graftwork-edits/1"
 HEADER = "edits"
@@ -148,9 +148,7 @@ class EditSet:
         inner = folder / FOLDER / LABEL
         folder = inner if inner.is_dir() else folder
         files = beside_files(folder)
-        with safe_open(next(iter(files)), framework="pt", device="cpu") as reader:
-            about = reader.metadata() or {}
-        return cls.of_tensors(read_beside(folder), about, f"'{folder}'")
+        return cls.of_tensors(read_beside(folder), metadata_of(next(iter(files))), f"'{folder}'")
 
     @classmethod
     def of_tensors(
