@@ -1,0 +1,1 @@
+"""From media and text to the embeddings and routes that a routed model reads."""

@@ -1,0 +1,113 @@
+"""What is added to the base for a key: from a merge and its masks, or from experts that are kept whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from graftwork.merge.experts import Experts
+from graftwork.merge.masks import WORD
+
+from graftwork_mmer.artefact import Artefact
+from graftwork_mmer.routed.plan import Key
+
+
+class Deltas(Protocol):
+    """Differences to the base by key.
+
+    Attributes:
+        experts: names, sorted.
+        shapes: rows and columns of every parameter that is changed.
+        base_sha256: of the base's files.
+    """
+
+    experts: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, int]]
+    base_sha256: str
+
+    def delta(self, name: str, key: Key) -> torch.Tensor | None:
+        """Return what is added to a parameter (float32, rows x columns); None where nothing is."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move all that is kept to a device."""
+        ...
+
+
+class MaskedDeltas:
+    """One merged difference u with a packed mask per expert, shared by all routes."""
+
+    def __init__(self, artefact: Artefact) -> None:
+        self.experts, self.base_sha256 = artefact.experts, artefact.base_sha256
+        self.merged = dict(artefact.merged)
+        self.words = {
+            name: [artefact.masks[expert][name].words for expert in self.experts] for name in self.merged
+        }
+        self.scales = [artefact.scales[expert] for expert in self.experts]
+        self.shapes = {name: (tensor.shape[0], tensor.shape[1]) for name, tensor in self.merged.items()}
+
+    def delta(self, name: str, key: Key) -> torch.Tensor | None:
+        """Return ``c u`` with c of the key.
+
+        expert: gamma_i m_i. union: 1 where any present mask has a bit (with scales: the mean of those that have
+        one). mean: the mean of gamma_i m_i. merged: 1.
+
+        Raises:
+            RuntimeError: u is to be trained.
+        """
+        merged = self.merged[name]
+        if merged.requires_grad:
+            raise RuntimeError(f"the merged difference of '{name}' is frozen: masks are made for its values")
+        if key.kind == "base":
+            return None
+        if key.kind == "merged":
+            return merged.float()
+        masks = [unpacked(self.words[name][index], merged.shape[1]) for index in key.experts]
+        scales = [self.scales[index] for index in key.experts]
+        if len(masks) == 1:
+            found = torch.where(masks[0], merged.float(), 0.0)
+            return found if scales[0] == 1 else found * scales[0]
+        share = torch.zeros(merged.shape, device=merged.device)
+        for mask, scale in zip(masks, scales, strict=True):
+            share += mask * scale
+        if key.kind == "mean":
+            return merged.float() * (share / len(masks))
+        count = torch.stack(masks).sum(0)
+        return torch.where(count > 0, merged.float() * (share / count.clamp_min(1)), 0.0)
+
+    def to(self, device: torch.device) -> None:
+        """Move u and the words."""
+        self.merged = {name: tensor.to(device) for name, tensor in self.merged.items()}
+        self.words = {name: [one.to(device) for one in words] for name, words in self.words.items()}
+
+
+class KeptDeltas:
+    """The experts' own differences, whole; what masks are compared with.
+
+    Text tokens get the mean over present experts (``union`` and ``mean`` are the same here), or over all (``merged``).
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        self.experts, self.base_sha256 = experts.names, experts.base_digest
+        self.shapes = dict(experts.shapes)
+        self._deltas = {
+            name: torch.cat([piece.deltas for piece in experts.pieces_of(name)], 1) for name in experts.shapes
+        }
+
+    def delta(self, name: str, key: Key) -> torch.Tensor | None:
+        """Return the difference, or the mean of several."""
+        if key.kind == "base":
+            return None
+        deltas = self._deltas[name]
+        return (deltas if key.kind == "merged" else deltas[list(key.experts)]).mean(0)
+
+    def to(self, device: torch.device) -> None:
+        """Move the differences."""
+        self._deltas = {name: tensor.to(device) for name, tensor in self._deltas.items()}
+
+
+def unpacked(words: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return packed words (int32, rows x words) as a bool mask (rows x columns), on their own device."""
+    places = torch.arange(WORD, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> places) & 1).bool().flatten(1)[:, :columns]
