@@ -23,7 +23,6 @@ from graftwork.edit.sites import Site, find_sites
 from graftwork.edit.statistics import Provider
 from graftwork.errors import UserError
 from pydantic import Field
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from graftwork_editing_baselines.band import band
@@ -44,16 +43,30 @@ class FineTuningOptions(EditOptions):
     stop: float = Field(0.01, ge=0, description="stop when the loss is below")
 
 
-class _Plus(torch.nn.Module):
-    """Adds a change to a weight: gradients go to the change, and the weight stays what it is."""
+class _Moved:
+    """A linear whose weight is ``W + delta`` for a while, with gradients to delta alone.
 
-    def __init__(self, delta: torch.Tensor) -> None:
-        super().__init__()
-        # In a tuple, so that it is no parameter of the model.
-        self._delta = (delta,)
+    The weight is hidden by an attribute of its name and comes back as it was, in its place among the parameters.
+    """
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return (weight.float() + self._delta[0]).to(weight.dtype)
+    def __init__(self, module: Any, delta: torch.Tensor) -> None:
+        self.module, self.delta = module, delta
+        self.kept: dict[str, Any] = {}
+
+    def __enter__(self) -> _Moved:
+        self.kept = dict(self.module._parameters)
+        del self.module._parameters["weight"]
+        return self
+
+    def move(self) -> None:
+        """Put the weight where delta is now."""
+        weight = self.kept["weight"].detach()
+        self.module.__dict__["weight"] = (weight.float() + self.delta).to(weight.dtype)
+
+    def __exit__(self, *error: object) -> None:
+        self.module.__dict__.pop("weight", None)
+        self.module._parameters.clear()
+        self.module._parameters.update(self.kept)
 
 
 def loss_of(batch: Batch, logits: Sequence[torch.Tensor], kind: Literal["m", "l"]) -> torch.Tensor:
@@ -104,31 +117,30 @@ class FineTuningEditor:
         adam = torch.optim.Adam([delta], lr=options.lr)
         parts = [pad(some, tokenizer, model) for some in batches(rows)]
         losses: list[float] = []
-        parametrize.register_parametrization(site.module, "weight", _Plus(delta), unsafe=True)
-        try:
-            with torch.enable_grad(), console.bar(options.steps, self.name, "step") as bar:
-                for _ in range(options.steps):
-                    delta.grad = torch.zeros_like(delta)
-                    total = 0.0
-                    for batch in parts:
-                        loss = loss_of(batch, target_logits(model, batch), options.loss) / len(rows)
-                        (gradient,) = torch.autograd.grad(loss, [delta])
-                        delta.grad += gradient
-                        total += float(loss.detach())
-                    if not total < float("inf"):
-                        raise UserError(
-                            f"fine-tuning diverged after {len(losses)} steps; lower plugins.ft.lr"
-                        )
-                    losses.append(total)
-                    if total < options.stop:
-                        break
-                    adam.step()
-                    if options.clamp is not None:
-                        with torch.no_grad():
-                            delta.clamp_(-options.clamp, options.clamp)
-                    bar.update(1)
-        finally:
-            parametrize.remove_parametrizations(site.module, "weight", leave_parametrized=False)
+        with (
+            torch.enable_grad(),
+            console.bar(options.steps, self.name, "step") as bar,
+            _Moved(site.module, delta) as moved,
+        ):
+            for _ in range(options.steps):
+                delta.grad = torch.zeros_like(delta)
+                total = 0.0
+                for batch in parts:
+                    moved.move()
+                    loss = loss_of(batch, target_logits(model, batch), options.loss) / len(rows)
+                    (gradient,) = torch.autograd.grad(loss, [delta])
+                    delta.grad += gradient
+                    total += float(loss.detach())
+                if not total < float("inf"):
+                    raise UserError(f"fine-tuning diverged after {len(losses)} steps; lower plugins.ft.lr")
+                losses.append(total)
+                if total < options.stop:
+                    break
+                adam.step()
+                if options.clamp is not None:
+                    with torch.no_grad():
+                        delta.clamp_(-options.clamp, options.clamp)
+                bar.update(1)
         found = delta.detach().cpu()
         # As W is h x d: Conv1D stores it transposed.
         return (found.T if isinstance(site.module, Conv1D) else found), losses
