@@ -36,7 +36,7 @@ def test_a_site_maps_its_input_to_its_output(kind: str) -> None:
     sites = find_sites(model)
     count = model.config.get_text_config().num_hidden_layers
     assert [site.order for site in sites] == [(layer, kind) for layer in range(count) for kind in (0, 1)]
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: dict[str, Any] = {}
     for site in sites:
         site.module.register_forward_hook(
             lambda _, args, output, name=site.name: seen.__setitem__(name, (args[0], output))
@@ -47,9 +47,10 @@ def test_a_site_maps_its_input_to_its_output(kind: str) -> None:
         assert site.matrix.shape == (site.h, site.d) == (32, site.d)
         key, value = (one.reshape(-1, one.shape[-1]) for one in seen[site.name])
         bias: Any = site.module.bias
+        weight: Any = site.module.weight
         made = key @ site.matrix.T + (0 if bias is None else bias)
         torch.testing.assert_close(made, value, atol=1e-5, rtol=1e-4)
-        assert site.matrix.data_ptr() == site.module.weight.data_ptr()
+        assert site.matrix.data_ptr() == weight.data_ptr()
 
 
 def test_layers_and_kinds_are_chosen_and_checked(model: Any) -> None:

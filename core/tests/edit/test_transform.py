@@ -62,7 +62,7 @@ def digests(work: Path) -> dict[str, str]:
 def rounds() -> WeightTransform:
     def block(layer: Block) -> None:
         for name, module in layer.linears().items():
-            layer.round(name, quantize_weight(module.weight, WeightScheme(bits=8), name))
+            layer.round(name, quantize_weight(module.weight, WeightScheme.model_validate({"bits": 8}), name))
 
     return WeightTransform("round", block, needs="none")
 
@@ -148,7 +148,9 @@ def test_a_compression_may_follow_and_nothing_may_come_before(tokenizer: Any) ->
     def double(block: Block) -> None:
         block.get("mlp.down_proj").weight.data *= 2
 
-    with pytest.raises(UserError, match=r"'plain' edits 'model.layers.1.mlp.down_proj' as it is in the model"):
+    with pytest.raises(
+        UserError, match=r"'plain' edits 'model.layers.1.mlp.down_proj' as it is in the model"
+    ):
         engine(source, None, tokenizer, WeightTransform("double", double, needs="none"), edit).run()
     # A change elsewhere does no harm.
     engine(source, None, tokenizer, edit, WeightTransform("double", double, needs="none")).run()

@@ -15,7 +15,7 @@ from graftwork.edit.scoring import score
 from graftwork.edit.sites import find_sites
 from graftwork.edit.statistics import Statistics
 from graftwork.testing.editing import REQUESTS, corpus, editable_model, same_bits, weights
-from graftwork_editing_baselines.alphaedit import AlphaEdit, null_basis, null_space_update
+from graftwork_editing_baselines.alphaedit import AlphaEdit, AlphaEditOptions, null_basis, null_space_update
 from graftwork_editing_baselines.fine_tuning import FineTuning
 from graftwork_editing_baselines.memit import Memit
 from graftwork_editing_baselines.pmet import Pmet
@@ -145,7 +145,7 @@ def test_the_null_space_is_the_smallest_directions_within_their_share() -> None:
 
 def test_alphaedit_remembers_the_keys_that_the_weights_hold(edit: Any, tokenizer: Any) -> None:
     model = editable_model()
-    options = AlphaEdit.Options.model_validate({**ALL["alphaedit"][1], "max_share": 50.0, "layers": [1]})
+    options = AlphaEditOptions.model_validate({**ALL["alphaedit"][1], "max_share": 50.0, "layers": [1]})
     name = "model.layers.1.mlp.down_proj"
     editor = AlphaEdit.editor(options)
     statistics = Statistics(model, tokenizer, corpus())
