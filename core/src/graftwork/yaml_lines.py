@@ -15,6 +15,7 @@ MAX_BYTES = 1_000_000
 # Aliases can blow a few lines up to billions of nodes; no honest recipe has this many.
 MAX_NODES = 100_000
 
+MERGE = "<<"
 KeyPath = tuple[int | str, ...]
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -118,16 +119,26 @@ class _Reader:
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"{self.name}:{line}: a key must be a plain word")
             key = str(key_node.value)
-            if key in result:
+            if key == MERGE and not shared:
+                shared = self._shared(value_node, path, line)
+                continue
+            if key in result or key == MERGE:
                 raise UserError(f"{self.name}:{line}: key '{key}' stands here twice")
             self.lines[(*path, key)] = line
             result[key] = self.convert(value_node, (*path, key))
-        return result
+        return {**shared, **result}
+
+    def _shared(self, node: yaml.Node, path: KeyPath, line: int) -> dict[str, Any]:
+        """Return the mapping behind ``<<: *name``, whose keys those written beside it override."""
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{self.name}:{line}: '{MERGE}' takes one mapping, such as '{MERGE}: *name'")
+        return self._mapping(node, path)
 
     def _expand(self, value: str, line: int) -> str:
         def replace(match: re.Match[str]) -> str:

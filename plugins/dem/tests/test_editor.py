@@ -191,7 +191,9 @@ def test_the_order_of_a_batch_does_not_matter() -> None:
 
 def test_the_same_input_gives_the_same_bits_and_another_seed_other_places() -> None:
     model = model_of()
-    again = [edit(model, EVENTS[:2], locate={"mode": "random", "n_sites": 2}, seed=seed) for seed in (1, 1, 2)]
+    again = [
+        edit(model, EVENTS[:2], locate={"mode": "random", "n_sites": 2}, seed=seed) for seed in (1, 1, 2)
+    ]
     one, other = again[0].tensors(), again[1].tensors()
     assert all(torch.equal(one[name], other[name]) for name in {*one, *other})
     rows = [one.report["requests"] for one in again]

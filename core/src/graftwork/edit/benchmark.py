@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,11 @@ class EditingOptions(BaseModel):
     )
     limit: int | None = Field(None, ge=1, description="so many requests; all if not set")
     offset: int = Field(0, ge=0, description="leave out the first so many requests")
+    unseen_variants: int = Field(
+        0,
+        ge=0,
+        description="the last so many variants of a request are kept from the editor, and they alone are asked",
+    )
     batch: int | Literal["all"] = Field("all", description="requests that are edited together")
     sequential: bool = Field(
         False, description="keep earlier batches in the model; off: every batch edits the model as it was"
@@ -114,7 +120,7 @@ def measure(evaluation: Evaluation, name: str, options: Any, editor: Editor) -> 
     requests = _requests(asked, options, name)
     check_requests(requests)
     check_lengths(tokenizer, requests, options.max_target_tokens)
-    prompts = [ask(tokenizer, one) for one in requests]
+    prompts = [ask(tokenizer, _parted(one, asked.unseen_variants)[1]) for one in requests]
     seed = evaluation.run.seed
     statistics = _statistics(evaluation, asked, options, editor, name)
     held = None
@@ -142,7 +148,7 @@ def measure(evaluation: Evaluation, name: str, options: Any, editor: Editor) -> 
     found = _Found()
     with contextlib.ExitStack() as kept, console.bar(len(batches), name, "batch") as bar:
         for batch in batches:
-            mine = [requests[i] for i in batch]
+            mine = [_parted(requests[i], asked.unseen_variants)[0] for i in batch]
             edits = editor.edit(model, tokenizer, mine, statistics, console=console, seed=seed)
             _note(found, edits)
             with _applied(edits, model, kept if asked.sequential else None):
@@ -172,6 +178,16 @@ def _applied(edits: EditSet, model: Any, kept: contextlib.ExitStack | None) -> I
     else:
         with applied:
             yield applied
+
+
+def _parted(request: Request, unseen: int) -> tuple[Request, Request]:
+    """Return a request as the editor sees it, and as it is asked, where the last ``unseen`` variants are kept back."""
+    if not unseen:
+        return request, request
+    return (
+        dataclasses.replace(request, variants=request.variants[:-unseen]),
+        dataclasses.replace(request, variants=request.variants[-unseen:]),
+    )
 
 
 def _requests(asked: EditingOptions, options: Any, name: str) -> list[Request]:
