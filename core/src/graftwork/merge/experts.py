@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ from graftwork.models import resolve
 from graftwork.transform.source import CheckpointSource, checkpoint_files, downloaded
 from graftwork.transform.structure import find_layers, find_norm
 
-TILE = 64 * 2**20
-"""Bytes that the rows of a tile take in the base and all experts, with what is computed of them."""
+TILE = 4 * 2**20
+"""Bytes that the rows of a tile take in the base and all experts, with what is computed of them: they fit into a
+processor's cache, and are little enough for the allocator to use again instead of asking for fresh pages."""
+HELD = 64 * 2**20
+"""Bytes of one parameter's rows that may be held to be read again."""
 FAR = 0.5
 """A task vector of more than so much of the base's size is no fine-tune of it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -100,6 +103,14 @@ class Experts:
         """Yield the rows of one parameter, a few at a time."""
         for rows in self.tiles(name):
             yield self.read(name, rows)[0]
+
+    def passes_of(self, name: str) -> Callable[[], Iterable[Piece]]:
+        """Return what starts a pass over one parameter's rows; they are read once where they are few."""
+        rows, columns = self.shapes[name]
+        if rows * columns * 4 * (1 + len(self.names)) > HELD:
+            return lambda: self.pieces_of(name)
+        held = list(self.pieces_of(name))
+        return lambda: held
 
     def read(self, name: str, rows: slice) -> tuple[Piece, list[torch.Tensor | None]]:
         """Return some rows, and what each expert stores there (None for an adapter, or where it lacks the tensor)."""

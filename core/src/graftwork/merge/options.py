@@ -29,5 +29,5 @@ class MergeOptions(BaseModel):
         {}, description="expert: what stands before the language model's tensor names; found where not set"
     )
     rows: int | None = Field(
-        None, ge=1, description="rows of a matrix that are merged at a time; by default as fit into 64 MiB"
+        None, ge=1, description="rows of a matrix that are merged at a time; by default as fit into the cache"
     )

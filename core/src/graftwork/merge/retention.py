@@ -26,6 +26,7 @@ from graftwork.merge.method import MergeMethod
 from graftwork.merge.options import MergeOptions
 from graftwork.merge.scoring import Questions, ScoringOptions, questions
 from graftwork.merge.standing import Standing
+from graftwork.merge.threads import one_thread
 from graftwork.transform.source import CheckpointSource
 from graftwork.validation import first_problem
 
@@ -138,7 +139,8 @@ def _scores(
 ) -> dict[str, list[float]]:
     """Return the scores of what stands for each expert on its tasks."""
     experts, console = standing.experts, evaluation.console
-    method.begin(experts, console)
+    with one_thread():
+        method.begin(experts, console)
 
     def score(name: str) -> list[float]:
         return asked.score(standing.model, evaluation.tokenizer, name, console, f"score {name}")

@@ -1,7 +1,7 @@
 """Which way most experts go, entry by entry, and what those that go that way have in common.
 
-Deltas are experts x rows x columns in float32 (or float64), experts in their fixed order; sums are taken in float64, one after the
-other, and rounded once.
+Deltas are experts x rows x columns in float32 (or float64), experts in their fixed order; sums are taken in float64,
+one after the other, and rounded once.
 """
 
 from __future__ import annotations

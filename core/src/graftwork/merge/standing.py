@@ -9,6 +9,7 @@ from typing import Any
 from graftwork.console import Console
 from graftwork.merge.experts import Experts
 from graftwork.merge.method import MergeMethod
+from graftwork.merge.threads import one_thread
 from graftwork.merge.transform import applied
 
 
@@ -34,7 +35,7 @@ class Standing:
         """
         experts = self.experts
         try:
-            with console.bar(experts.count, "merge", "weight") as bar:
+            with one_thread(), console.bar(experts.count, "merge", "weight") as bar:
                 for name, shape in experts.shapes.items():
                     target, own = self._parameters[name].view(shape), self._own[name].view(shape)
                     for rows in experts.tiles(name):

@@ -14,6 +14,7 @@ from graftwork.hookspecs import WeightTransform
 from graftwork.merge import masks
 from graftwork.merge.masks import Bits
 from graftwork.merge.method import MergeMethod, Piece
+from graftwork.merge.threads import one_thread
 from graftwork.transform.structure import find_layers
 
 if TYPE_CHECKING:
@@ -89,20 +90,16 @@ class Merging:
 
     def begin(self, outer: Outer) -> None:
         """Look at the experts, let the method learn what is global, merge what stands outside the layers."""
-        experts = self.experts
-        for note in (*experts.notes, *experts.survey(outer.console)):
-            outer.note(note)
-        self.method.begin(experts, outer.console)
-        layers, _ = find_layers(outer.model)
-        names = [name for name in experts.shapes if not name.startswith(f"{layers}.")]
-        self._merge({name: outer.model.get_parameter(name) for name in names}, outer.beside)
+        with one_thread():
+            self._begin(outer)
 
     def block(self, block: Block) -> None:
         """Merge one layer."""
         start = f"{block.name}."
         names = [name for name in self.experts.shapes if name.startswith(start)]
         parameters = {name: block.module.get_parameter(name.removeprefix(start)) for name in names}
-        block.record("", **self._merge(parameters, block.beside))
+        with one_thread():
+            block.record("", **self._merge(parameters, block.beside))
 
     def about(self) -> dict[str, Any]:
         """Return what the manifest says of the stored tensors."""
@@ -119,6 +116,15 @@ class Merging:
         }
 
     # ------------------------------------------------------------ inside
+
+    def _begin(self, outer: Outer) -> None:
+        experts = self.experts
+        for note in (*experts.notes, *experts.survey(outer.console)):
+            outer.note(note)
+        self.method.begin(experts, outer.console)
+        layers, _ = find_layers(outer.model)
+        names = [name for name in experts.shapes if not name.startswith(f"{layers}.")]
+        self._merge({name: outer.model.get_parameter(name) for name in names}, outer.beside)
 
     def _merge(self, parameters: Mapping[str, torch.nn.Parameter], store: Store) -> dict[str, float]:
         """Merge parameters in place, store what lies beside them, return figures over all of them."""

@@ -405,8 +405,10 @@ class Engine:
 
     def _reference(self, block: Block, record: LayerRecord) -> torch.Tensor | None:
         """Measure a layer before it is changed; return its output for the first batch there is."""
-        before = figures.weights_flatness(block.module)
-        record.weights_flatness = (before, before)
+        # A merge is no compression: how even the weights are says nothing about it.
+        if any(one.merging is None for _, one in self.transforms):
+            before = figures.weights_flatness(block.module)
+            record.weights_flatness = (before, before)
         stream = self.calibration or self.evaluation
         if stream is None:
             return None

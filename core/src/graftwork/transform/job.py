@@ -20,7 +20,7 @@ from graftwork.distributed import barrier, from_main, started, together
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
 from graftwork.hookspecs import WeightTransform
-from graftwork.merge.experts import TILE
+from graftwork.merge.experts import HELD
 from graftwork.merge.opening import merging_of, open_experts, stored_beside
 from graftwork.models import load_config, load_tokenizer
 from graftwork.plugins import Plugins
@@ -114,7 +114,7 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
     tiles = beside = 0
     if merging is not None:
         experts = open_experts(merging, source, options)
-        tiles, beside = TILE, stored_beside(merging.method, experts)
+        tiles, beside = HELD, stored_beside(merging.method, experts)
     windows = _windows(job, options)
     if windows.calibration is not None and len(windows.calibration) < world:
         raise UserError(
@@ -331,7 +331,7 @@ def _unread(spec: JobSpec) -> tuple[list[tuple[str, WeightTransform]], limits.Ne
         limits.sizes(skeleton(config, dtype), dtype),
         calibration=options.samples * options.window if options.calibration else 0,
         evaluation=windows * options.evaluation_window,
-        tiles=TILE if merging is not None else 0,
+        tiles=HELD if merging is not None else 0,
     )
     return transforms, need, ["from the config that the recipe writes out; no text was read"]
 

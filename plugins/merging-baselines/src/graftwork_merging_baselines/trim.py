@@ -39,11 +39,8 @@ class Trim:
             return
         with console.bar(len(experts.shapes), "find thresholds", "tensor") as bar:
             for name, (rows, columns) in experts.shapes.items():
-                held = list(experts.pieces_of(name)) if len(list(experts.tiles(name))) == 1 else None
                 keep = math.ceil(self.keep * rows * columns)
-                self._by_tensor[name] = largest(
-                    lambda name=name, held=held: held or experts.pieces_of(name), keep, count
-                )
+                self._by_tensor[name] = largest(experts.passes_of(name), keep, count)
                 bar.update(1)
 
     def __call__(self, piece: Piece) -> torch.Tensor:
