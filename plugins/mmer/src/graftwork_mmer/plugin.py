@@ -52,6 +52,6 @@ class Mmer(MergePlugin):
 
     @hookimpl
     def benchmarks(self, run: Run) -> Mapping[str, Benchmark]:
-        from graftwork_mmer.expansion.benchmark import EXPANSION
+        from graftwork_mmer.expansion.benchmark import expansion_benchmark
 
-        return {**super().benchmarks(run), "expansion": EXPANSION}
+        return {**super().benchmarks(run), "expansion": expansion_benchmark(self.options)}
