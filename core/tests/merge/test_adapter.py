@@ -71,7 +71,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     base, _ = tiny_experts(tmp_path, [])
     other = save_tiny(tiny_model(seed=5), tmp_path / "other")
     ref, _ = adapter(other, tmp_path, **SETTINGS[0])
-    with pytest.raises(UserError, match=r"is an adapter of .*other', whose weights are not those of the base"):
+    with pytest.raises(
+        UserError, match=r"is an adapter of .*other', whose weights are not those of the base"
+    ):
         open_tiny(base, {"x": ref})
 
 

@@ -150,6 +150,18 @@ def test_a_pickle_is_refused(family: Family, tmp_path: Path) -> None:
         open_tiny(family[0], {"x": str(folder)})
 
 
+def test_another_tokenizer_is_told(family: Family, changed: Callable[..., str]) -> None:
+    folder = Path(changed())
+    assert not any("tokenizer" in note for note in open_tiny(family[0], {"x": str(folder)}).notes)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    notes = open_tiny(family[0], {"x": str(folder)}).notes
+    assert any("another tokenizer than the base: 2 numbers mean other tokens" in note for note in notes)
+
+
 # ---------------------------------------------------------------------- multimodal checkpoints
 
 

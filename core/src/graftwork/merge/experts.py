@@ -18,6 +18,7 @@ from graftwork.merge.matching import Base, Match, match
 from graftwork.merge.method import Piece
 from graftwork.merge.options import MergeOptions
 from graftwork.merge.rows import as_matrix, digest, read_rows, stored_tensors
+from graftwork.merge.tokens import other_tokens
 from graftwork.models import resolve
 from graftwork.transform.source import CheckpointSource, checkpoint_files, downloaded
 from graftwork.transform.structure import find_layers, find_norm
@@ -216,7 +217,7 @@ class Experts:
             return adapter
         _not_quantized(name, folder)
         found = match(name, folder, stored_tensors(_weights(folder)), self._base, self.options)
-        self.notes += found.notes
+        self.notes += [*found.notes, *other_tokens(name, folder, self.source.folder)]
         self.notes += self._kept(name, found)
         return found
 

@@ -109,6 +109,7 @@ def _measure(evaluation: Evaluation, options: Any, make: Make) -> Measurement:
     chosen, tried = points[0], []
     if len(points) > 1:
         tuning = questions(asked, tasks, evaluation.run, evaluation.tokenizer, validation=True)
+        notes += tuning.notes
         for number, point in enumerate(points, 1):
             evaluation.console.say(f"[{number}/{len(points)}] {point}")
             method = make(settings[str(point)], seed)

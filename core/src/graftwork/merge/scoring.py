@@ -46,10 +46,11 @@ class ScoringOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Questions:
-    """The tasks of every expert, each with the items that are scored."""
+    """The tasks of every expert, each with the items that are scored, and what is to be told of them."""
 
     tasks: Mapping[str, Sequence[Task]]
     options: ScoringOptions
+    notes: tuple[str, ...] = ()
 
     def score(self, model: Any, tokenizer: Any, expert: str, console: Console, label: str) -> list[float]:
         """Return for every item of the expert's tasks whether it was answered (1 or 0)."""
@@ -114,7 +115,7 @@ def questions(
     """Return the test items of every expert's tasks (names), or items to choose settings by.
 
     These are training items that ``data.train_items`` does not draw, so that experts trained with the same section
-    have not seen them; where all are drawn, the last of them.
+    have not seen them; where all are drawn, any of them.
 
     Raises:
         UserError: see :func:`graftwork.data.stream.build_stream`; also for a task without items to score.
@@ -127,12 +128,19 @@ def questions(
         "sources": run.plugins.data_sources(run),
     }
     built = {task.name: task for task in build_stream(data, **asked)}
+    notes = []
     if validation:
         whole = data.model_copy(update={"train_items": None})
         for task in build_stream(whole, **asked):
             drawn = {json.dumps(row) for row in built[task.name].train.to_list()}
             rows = task.train.to_list()
-            fresh = [row for row in rows if json.dumps(row) not in drawn] or rows[::-1]
+            fresh = [row for row in rows if json.dumps(row) not in drawn]
+            if not fresh:
+                fresh = rows
+                notes.append(
+                    f"{task.name}: settings were chosen on items that experts may have trained on; data.train_items "
+                    f"draws all there are"
+                )
             # Spread over the file, which may be sorted by label.
             step = max(1, len(fresh) // options.validation)
             task.test = Dataset.from_list(fresh[::step][: options.validation])
@@ -140,7 +148,9 @@ def questions(
     for task in built.values():
         if task.test is None or not len(task.test):
             raise UserError(f"task '{task.name}' has no items to score an expert on")
-    return Questions({name: [built[task] for task in some] for name, some in tasks.items()}, options)
+    return Questions(
+        {name: [built[task] for task in some] for name, some in tasks.items()}, options, tuple(notes)
+    )
 
 
 def _loaded(ref: str, dtype: str) -> Any:
