@@ -14,7 +14,7 @@ from graftwork import UserError
 from graftwork.cli import cli
 from graftwork.edit.edits import EditSet
 from graftwork.edit.errors import RequestError
-from graftwork.edit.layouts import read_requests
+from graftwork.edit.layouts import read_requests, write_requests
 from graftwork.edit.metrics import WORDS
 from graftwork.edit.requests import check_requests
 from graftwork.expect import parse
@@ -156,11 +156,16 @@ def test_the_same_seed_gives_the_same_map(source: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_to_compare_is_told(source: Path, tmp_path: Path) -> None:
-    sets = {"benchmark.known": "false", "benchmark.items": 2, "benchmark.draws": 1, "benchmark.least": 50}
-    with pytest.raises(
-        UserError, match="of 200 requests of commonsense, 0 can be located, and two are needed"
-    ):
-        evaluate(source, tmp_path / "run", {**sets, "benchmark.locate_variants": 0}, "dem:localization")
+    write_requests(tmp_path / "some.jsonl", commonsense(3))
+    sets = {
+        "benchmark.commonsense": tmp_path / "some.jsonl",
+        "benchmark.items": 2,
+        "benchmark.draws": 1,
+        "benchmark.least": 50,
+        "benchmark.locate_variants": 0,
+    }
+    with pytest.raises(UserError, match="of 3 requests of commonsense, 0 can be located, and two are needed"):
+        evaluate(source, tmp_path / "run", sets, "dem:localization")
 
 
 def test_a_transform_without_requests_or_text_is_told(source: Path, tmp_path: Path) -> None:
