@@ -93,9 +93,7 @@ def test_disjoint_experts_come_back_bitwise(family: Family, tmp_path: Path, lam:
 
 def test_two_experts_of_which_one_is_the_base(family: Family, tmp_path: Path) -> None:
     base, refs = family
-    merge_tiny(
-        base, {"a": refs["a"], "none": str(base)}, method(keep=1, lam=1), tmp_path / "a", expand="a"
-    )
+    merge_tiny(base, {"a": refs["a"], "none": str(base)}, method(keep=1, lam=1), tmp_path / "a", expand="a")
     found, own = tensors_of(tmp_path / "a/model"), tensors_of(Path(refs["a"]))
     assert all(torch.equal(found[name], own[name]) for name in merged_names(base))
 
@@ -131,7 +129,9 @@ def test_rows_threads_and_order_change_no_byte(
                 assert files(tmp_path / f"rows{rows}" / part) == files(tmp_path / "whole" / part)
     finally:
         torch.set_num_threads(threads)
-    manifests = [json.loads((tmp_path / run / "beside/manifest.json").read_text()) for run in ("whole", "rows7")]
+    manifests = [
+        json.loads((tmp_path / run / "beside/manifest.json").read_text()) for run in ("whole", "rows7")
+    ]
     assert manifests[0] == manifests[1]
 
 

@@ -58,7 +58,9 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
     return base, folder / "llava", llava(folder / "llava")
 
 
-@pytest.mark.parametrize("changes", [{}, {"vision_feature_layer": [-1, -2], "vision_feature_select_strategy": "full"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"vision_feature_layer": [-1, -2], "vision_feature_select_strategy": "full"}]
+)
 def test_the_connector_is_the_experts(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = llava(tmp_path, **changes)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -106,7 +108,11 @@ def test_a_routed_prompt_is_the_vlm_itself(vlm: Any) -> None:
     written = routed.generate(**batch.inputs(), max_new_tokens=4, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         own = model.generate(
-            input_ids=torch.tensor([ids]), pixel_values=pixels, max_new_tokens=4, do_sample=False, pad_token_id=0
+            input_ids=torch.tensor([ids]),
+            pixel_values=pixels,
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
         )[:, len(ids) :]
     assert written[0, : own.shape[1]].tolist() == own[0].tolist()
 
@@ -136,13 +142,13 @@ def test_refusals(vlm: Any, tmp_path: Path) -> None:
     tensors = tensors_of(folder)
     del tensors["multi_modal_projector.linear_2.bias"]
     save_file(tensors, cut / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lacks 'multi_modal_projector.linear_2.bias'"):
+    with pytest.raises(UserError, match=r"lacks 'multi_modal_projector.linear_2.bias'"):
         load_connector(str(cut))
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["hidden_size"] = 32
     shutil.copytree(folder, tmp_path / "wide")
     (tmp_path / "wide/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="has shape .* and its config asks for"):
+    with pytest.raises(UserError, match=r"has shape .* and its config asks for"):
         load_connector(str(tmp_path / "wide"))
     artefact = Artefact.of(MmerMethod(MmerOptions(keep=1)), open_tiny(base, {"vision": str(folder)}))
     routed = RoutedModel(load_model(str(base)), MaskedDeltas(artefact))

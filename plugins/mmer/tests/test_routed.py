@@ -64,9 +64,7 @@ def test_tokens_of_a_batch_take_their_own_routes(kind: str, tmp_path: Path) -> N
     routes = torch.tensor([[1, 1, 0, 2, 2, 0, 0], [2, 0, 0, 0, 0, 1, 1]])
     mixed = model(IDS, route_ids=routes, present=[["a", "b"], ["a", "b"]]).logits
     for row, expert in enumerate(("a", "b")):
-        alone = model(
-            IDS[row : row + 1], route_ids=torch.full((1, 7), row + 1), present=[["a", "b"]]
-        ).logits
+        alone = model(IDS[row : row + 1], route_ids=torch.full((1, 7), row + 1), present=[["a", "b"]]).logits
         torch.testing.assert_close(mixed[row, 0], alone[0, 0], rtol=0, atol=1e-5)
         whole = model(IDS[row : row + 1], route_ids=routes[row : row + 1], present=[["a", "b"]]).logits
         torch.testing.assert_close(mixed[row], whole[0], rtol=0, atol=1e-5)
@@ -128,9 +126,7 @@ def test_both_modes_agree(half_family: Family) -> None:
     routes = torch.tensor([[1, 1, 0, 2, 2, 0, 0], [2, 0, 3, 3, 0, 1, 1]])
     for _ in range(2):
         assert torch.equal(fused(IDS, route_ids=routes).logits, dense(IDS, route_ids=routes).logits)
-    one, other = (
-        dict(model.model.named_modules())["model.layers.0.mlp.up_proj"] for model in (fused, dense)
-    )
+    one, other = (dict(model.model.named_modules())["model.layers.0.mlp.up_proj"] for model in (fused, dense))
     assert isinstance(one, MaskedDelta)
     assert isinstance(other, MaskedDelta)
     for key in (Key("expert", (1,)), Key("union", (0, 1)), Key("mean", (0, 2)), Key("merged")):
@@ -195,7 +191,7 @@ def test_merged_models_are_frozen(family: Family) -> None:
     deltas = model._shared.deltas
     assert isinstance(deltas, MaskedDeltas)
     deltas.merged["model.norm.weight"].requires_grad = True
-    with pytest.raises(RuntimeError, match="merged difference of 'model.norm.weight' is frozen"):
+    with pytest.raises(RuntimeError, match=r"merged difference of 'model.norm.weight' is frozen"):
         model(IDS, present=[["a"], ["a"]])
     with pytest.raises(RuntimeError):
         deltas.words["model.norm.weight"][0].requires_grad = True
@@ -217,7 +213,7 @@ def test_wrong_routes(family: Family, routes: torch.Tensor, sentence: str) -> No
 
 def test_wrong_models_and_names(family: Family, tmp_path: Path) -> None:
     model = routed(family)
-    with pytest.raises(UserError, match="there is no route 'd'.*a, b, c"):
+    with pytest.raises(UserError, match=r"there is no route 'd'.*a, b, c"):
         model(IDS, present=[["d"], ["a"]])
     deltas = MaskedDeltas(Artefact.of(method(), open_tiny(*family)))
     with pytest.raises(UserError, match="for another base"):

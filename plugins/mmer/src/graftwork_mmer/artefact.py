@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from graftwork import UserError
-from graftwork.errors import did_you_mean
 from graftwork.console import Console
+from graftwork.errors import did_you_mean
 from graftwork.files import sha256
 from graftwork.merge.experts import Experts
 from graftwork.merge.masks import Bits, pack, unpack
@@ -114,7 +114,9 @@ class Artefact:
         for name, mine in masks.items():
             shapes = {key: (bits.words.shape[0], bits.columns) for key, bits in mine.items()}
             if shapes != {key: tuple(tensor.shape) for key, tensor in merged.items()}:
-                raise UserError(f"'{folder}': the mask of '{name}' is not for the merged difference beside it")
+                raise UserError(
+                    f"'{folder}': the mask of '{name}' is not for the merged difference beside it"
+                )
         return cls(wanted, merged, masks, {name: scales[name] for name in wanted}, digest, about)
 
     def kept(self, expert: str, name: str, rows: slice = slice(None)) -> torch.Tensor:

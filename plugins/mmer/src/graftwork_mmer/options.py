@@ -14,7 +14,10 @@ class MmerOptions(ExpandOptions):
     """How experts are merged, and which bits each keeps of the merge."""
 
     keep: float = Field(
-        0.2, gt=0, le=1, description="share of every expert's entries that takes part in the merge, the largest"
+        0.2,
+        gt=0,
+        le=1,
+        description="share of every expert's entries that takes part in the merge, the largest",
     )
     trim_scope: Literal["model", "tensor"] = Field(
         "model", description="the largest over the whole model, or in every tensor by itself"
@@ -23,11 +26,15 @@ class MmerOptions(ExpandOptions):
         "mean", description="what becomes of the entries that have the elected sign"
     )
     alpha: float = Field(1.0, gt=0, description="scale of the merged difference")
-    rule: Rule = Field("l1", description="l1: |tau| > lam |u - tau|; congruence: same sign and |tau| > lam |u|")
+    rule: Rule = Field(
+        "l1", description="l1: |tau| > lam |u - tau|; congruence: same sign and |tau| > lam |u|"
+    )
     lam: float | dict[str, float] = Field(
         0.6, description="threshold of the masks, for all or per expert; larger ones keep less"
     )
-    scale: Scale = Field("none", description="a number per expert that its part of the merge is multiplied by")
+    scale: Scale = Field(
+        "none", description="a number per expert that its part of the merge is multiplied by"
+    )
     store: Literal["model", "float32"] = Field(
         "model", description="precision of the stored merged difference: the model's, or float32"
     )

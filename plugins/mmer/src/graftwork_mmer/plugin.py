@@ -31,23 +31,22 @@ class Mmer(MergePlugin):
 
     @hookimpl
     def check(self, run: Run) -> None:
-        """Refuse experts that a merge has written, and an artefact beside experts."""
+        """Refuse experts that a merge has written."""
         transform = run.job.transform
-        if transform is None:
-            return
-        if self.options.artefact is not None and transform.experts:
-            raise UserError(
-                "mmer: expand from stored masks (plugins.mmer.artefact) or from experts (transform.experts), not both"
-            )
-        if not self.options.allow_merged:
+        if transform is not None and not self.options.allow_merged:
             refuse_merged(transform.experts.items())
 
     @hookimpl
     def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
         options = self.options
+        names = sorted(run.job.transform.experts) if run.job.transform is not None else []
         if options.artefact is not None:
+            if names:
+                raise UserError(
+                    "mmer: expand from stored masks (plugins.mmer.artefact) or from experts (transform.experts), not "
+                    "both"
+                )
             return [expansion_transform(run, options.artefact, options.expand)]
-        names = sorted(run.job.transform.experts) if run.job.transform is not None else ()
         return [merge_transform(run, self.name, MmerMethod(options, names), expand=options.expand)]
 
     @hookimpl

@@ -93,7 +93,9 @@ def _measure(evaluation: Evaluation, options: MmerOptions) -> Measurement:
         raise UserError("mmer:expansion trains whole models; name one without an adapter")
     for text in ["y", "n", "=", "?", ">", *(str(number) for number in range(1, 9))]:
         if len(tokenizer(text, add_special_tokens=False).input_ids) != 1:
-            raise UserError(f"mmer:expansion asks with single tokens, and '{text}' is not one in this tokenizer")
+            raise UserError(
+                f"mmer:expansion asks with single tokens, and '{text}' is not one in this tokenizer"
+            )
     draw = torch.Generator().manual_seed(evaluation.run.seed)
     how: dict[str, Any] = {"batch": asked.batch, "draw": draw, "console": console}
     base = copy.deepcopy(evaluation.model).float().requires_grad_(True)
@@ -125,7 +127,9 @@ def _measure(evaluation: Evaluation, options: MmerOptions) -> Measurement:
         group: [draw_question(kinds, sign, draw) for kinds, sign in some for _ in range(asked.items)]
         for group, some in (("single", single), ("double", double), ("text", TEXT))
     }
-    prompts = {group: [_prompt(q, connectors, base.device, draw) for q in some] for group, some in tests.items()}
+    prompts = {
+        group: [_prompt(q, connectors, base.device, draw) for q in some] for group, some in tests.items()
+    }
     with tempfile.TemporaryDirectory() as place:
         experts = _experts(Path(place), base, models, tokenizer)
         masked = MaskedDeltas(Artefact.of(MmerMethod(options), experts))
@@ -175,7 +179,12 @@ def _prompt(question: Question, connectors: Mapping[Kind, Any], device: Any, dra
 
 
 def _right(
-    routed: RoutedModel, tokenizer: Any, questions: Sequence[Question], prompts: Sequence[Prompt], *, flat: bool
+    routed: RoutedModel,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    *,
+    flat: bool,
 ) -> list[float]:
     """Return for every question whether the likeliest of its candidates is the answer (1 or 0)."""
     found: list[float] = []

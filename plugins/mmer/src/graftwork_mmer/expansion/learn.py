@@ -24,7 +24,11 @@ def templates_of(kind: Kind) -> list[Template]:
 
 
 def inputs_of(
-    model: Any, tokenizer: Any, connectors: Mapping[Kind, nn.Module], questions: Sequence[Question], draw: torch.Generator
+    model: Any,
+    tokenizer: Any,
+    connectors: Mapping[Kind, nn.Module],
+    questions: Sequence[Question],
+    draw: torch.Generator,
 ) -> torch.Tensor:
     """Return the embeddings (B x T x h) of questions of one template."""
     embed, device = model.get_input_embeddings(), model.device

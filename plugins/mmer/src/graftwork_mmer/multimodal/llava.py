@@ -73,7 +73,9 @@ def load_connector(ref: str, *, dtype: torch.dtype | None = None) -> VisionConne
     buffers = {name for name, _ in connector.named_buffers()}
     missing = sorted(expected.keys() - stored.keys() - buffers)
     if missing:
-        raise UserError(f"'{ref}' lacks '{missing[0]}' and {len(missing) - 1} more tensors of encoder and connector")
+        raise UserError(
+            f"'{ref}' lacks '{missing[0]}' and {len(missing) - 1} more tensors of encoder and connector"
+        )
     for name, tensor in stored.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise UserError(

@@ -104,13 +104,14 @@ def assemble(
             raise UserError(f"prompt {number + 1} is empty")
         rows.append((torch.cat(parts), torch.cat(routes)))
         present.append(some)
-    longest = max(len(routes) for _, routes in rows)
+    longest = max(len(own) for _, own in rows)
     embeds = rows[0][0].new_zeros(len(rows), longest, width)
     route_ids = torch.full((len(rows), longest), TEXT, device=device)
     mask = torch.zeros_like(route_ids)
-    for row, (values, routes) in enumerate(rows):
-        embeds[row, longest - len(routes) :] = values
-        route_ids[row, longest - len(routes) :] = routes
-        mask[row, longest - len(routes) :] = 1
+    for row, (values, own) in enumerate(rows):
+        start = longest - len(own)
+        embeds[row, start:] = values
+        route_ids[row, start:] = own
+        mask[row, start:] = 1
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     return Assembled(embeds, mask, positions, route_ids, present)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -23,7 +22,7 @@ class Deltas(Protocol):
     """
 
     experts: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, int]]
     base_sha256: str
 
     def delta(self, name: str, key: Key) -> torch.Tensor | None:

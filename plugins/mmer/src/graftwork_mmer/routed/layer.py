@@ -49,7 +49,9 @@ class MaskedDelta(nn.Module):
             RuntimeError: ``requires_grad`` is true.
         """
         if requires_grad:
-            raise RuntimeError("a merged model is frozen: masks belong to the weights that they were made for")
+            raise RuntimeError(
+                "a merged model is frozen: masks belong to the weights that they were made for"
+            )
         super().requires_grad_(False)
         return self
 

@@ -48,7 +48,8 @@ class RoutedModel:
                 f"the deltas are for another base (its files' SHA-256 begins with {deltas.base_sha256[:12]}, here it "
                 f"is {base_sha256[:12]})"
             )
-        self.model, self.experts, self.text_route = model.eval(), deltas.experts, text_route
+        self.model, self.experts = model.eval(), deltas.experts
+        self.text_route: TextRoute = text_route
         model.requires_grad_(False)
         deltas.to(model.device)
         self._shared = Shared(deltas, materialize=materialize)
