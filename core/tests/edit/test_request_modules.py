@@ -1,4 +1,4 @@
-"""Requests that a plugin's package makes or reads: ``<module>:<function>[:FILE]``, and nothing but plugins is called."""
+"""Requests that a plugin's package makes or reads: ``<module>:<function>[:FILE]``, and only plugins are called."""
 
 from __future__ import annotations
 
