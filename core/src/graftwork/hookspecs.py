@@ -327,7 +327,8 @@ class WeightTransform:
             what calibration texts give that layer as inputs; ``"end_to_end"``: the whole model, for ``prepare``.
         dense: whether the layer's inputs and outputs in the unchanged model are kept, too.
         begin: changes embedding, final norm and head, before the first layer.
-        prepare: called once with the whole model; what it returns is kept and is ``block.prepared`` later.
+        prepare: called once with the whole model; what it returns is kept and is ``block.prepared`` later. Where
+            ``needs`` is ``"none"`` it may be called without calibration texts.
         restore: from hidden states between layers to those of the unchanged model, where ``begin`` moved the
             residual stream into another basis.
         figures: what ``block.record`` is given, in words; the means become metrics of these names.
