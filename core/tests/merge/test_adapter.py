@@ -109,6 +109,15 @@ def test_what_is_no_product_of_two_matrices(tmp_path: Path, settings: dict[str, 
         open_tiny(base, {"x": ref})
 
 
+def test_a_broken_config(tmp_path: Path) -> None:
+    base, _ = tiny_experts(tmp_path, [])
+    ref, _ = adapter(base, tmp_path, **SETTINGS[0])
+    config = Path(ref) / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)}))
+    with pytest.raises(UserError, match=r"is not the config of an adapter: it needs .* lora_alpha"):
+        open_tiny(base, {"x": ref})
+
+
 def test_weights_that_the_base_lacks(tmp_path: Path) -> None:
     base, _ = tiny_experts(tmp_path, [])
     larger = save_tiny(tiny_model(num_hidden_layers=3), tmp_path / "larger")

@@ -23,7 +23,7 @@ class Adapter:
     """The difference ``scale * B A`` of each weight that an adapter changes.
 
     Attributes:
-        values: how many numbers the adapter has.
+        bits: that the adapter takes in its file.
         changed: names of the parameters that it changes.
 
     Raises:
@@ -35,7 +35,12 @@ class Adapter:
         self.expert = expert
         self.config = _config(expert, folder)
         found = stored_tensors([folder / "adapter_model.safetensors"])
-        self.values = sum(math.prod(tensor.shape) for tensor in found.values())
+        odd = next((key for key, tensor in found.items() if tensor.dtype not in DTYPES), None)
+        if odd is not None:
+            raise UserError(
+                f"expert '{expert}': the adapter's tensor '{odd}' is {found[odd].dtype}; float32, bfloat16 or float16 "
+                f"is wanted"
+            )
         self.bits = sum(math.prod(one.shape) * DTYPES[one.dtype].itemsize * 8 for one in found.values())
         factors: dict[str, dict[str, Stored]] = {}
         for key, tensor in found.items():
@@ -88,7 +93,17 @@ class Adapter:
 
 
 def _config(expert: str, folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        _ = config["base_model_name_or_path"] + config["peft_type"]
+        if config["peft_type"] == "LORA":
+            _ = float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"expert '{expert}': '{path}' is not the config of an adapter: it needs base_model_name_or_path, peft_type "
+            f"and lora_alpha"
+        ) from None
     kind = config.get("peft_type")
     odd = [
         key

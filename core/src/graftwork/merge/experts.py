@@ -204,9 +204,9 @@ class Experts:
     # ------------------------------------------------------------ opening
 
     def _open(self, name: str, ref: str) -> Adapter | Match:
-        where = resolve(ref)
         folder = _folder(ref)
-        if where.adapter:
+        # Of a hub id only the files tell what it is.
+        if resolve(ref).adapter or (folder / "adapter_config.json").is_file():
             adapter = Adapter(name, folder, self._base.shapes)
             self._same_base(name, str(adapter.config["base_model_name_or_path"]))
             skipped = [key for key in adapter.changed if key not in self.shapes]
@@ -314,7 +314,10 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _not_quantized(expert: str, folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"expert '{expert}': '{folder / 'config.json'}' is no config of a model") from None
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     if any(part.get("quantization_config") for part in parts):
         raise UserError(
