@@ -119,7 +119,6 @@ def test_toy_figures(
             ]
         )
     means = np.mean(found, axis=0)
-    print(means)
     assert means[:2] == pytest.approx([density, masked], abs=0.005)
     assert means[2] == pytest.approx(plain, abs=0.01)
     assert means[3] == pytest.approx(cosine, abs=0.005)

@@ -69,9 +69,13 @@ class ExpansionOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     base_steps: int = Field(600, ge=1, description="steps that the base learns text")
-    expert_steps: int = Field(900, ge=1, description="steps that each expert learns its modality")
+    connector_steps: int = Field(
+        400, ge=1, description="steps that a connector learns alone, before the model"
+    )
+    expert_steps: int = Field(500, ge=1, description="steps that each expert learns its modality")
     batch: int = Field(64, ge=1, description="questions per step")
     base_lr: float = Field(2e-3, gt=0, description="learning rate of the base")
+    connector_lr: float = Field(2e-3, gt=0, description="learning rate of the connectors alone")
     expert_lr: float = Field(1e-3, gt=0, description="learning rate of the experts")
     items: int = Field(80, ge=1, description="test questions of each template")
 
@@ -103,23 +107,24 @@ def _measure(evaluation: Evaluation, options: MmerOptions) -> Measurement:
         learn(base, tokenizer, TEXT, {}, steps=asked.base_steps, lr=asked.base_lr, label="train base", **how)
         losses, models, connectors = {}, {}, {}
         for kind in KINDS:
-            model = copy.deepcopy(base)
-            # These stay the base's in the merge.
-            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-                table.requires_grad_(False)
+            model = copy.deepcopy(base).requires_grad_(False)
             with torch.random.fork_rng():
                 torch.manual_seed(evaluation.run.seed)
                 connector = CONNECTORS[kind](base.get_input_embeddings().weight.shape[1]).to(base.device)
-            losses[f"loss_{kind}"] = learn(
-                model,
-                tokenizer,
-                templates_of(kind),
-                {kind: connector},
-                steps=asked.expert_steps,
-                lr=asked.expert_lr,
-                label=f"train {kind}",
-                **how,
-            )
+            own: dict[Kind, torch.nn.Module] = {kind: connector}
+            learned = (model, tokenizer, templates_of(kind), own)
+            stage: dict[str, Any] = {
+                "steps": asked.connector_steps,
+                "lr": asked.connector_lr,
+                "label": f"connect {kind}",
+            }
+            learn(*learned, **stage, **how)
+            model.requires_grad_(True)
+            # These stay the base's in the merge.
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.requires_grad_(False)
+            stage = {"steps": asked.expert_steps, "lr": asked.expert_lr, "label": f"train {kind}"}
+            losses[f"loss_{kind}"] = learn(*learned, **stage, **how)
             models[kind], connectors[kind] = model, connector.eval().requires_grad_(False)
     single = [t for kind in KINDS for t in templates_of(kind)]
     double: list[Any] = [(pair, sign) for pair in (KINDS, KINDS[::-1]) for sign in ("?", ">")]
@@ -145,12 +150,16 @@ def _measure(evaluation: Evaluation, options: MmerOptions) -> Measurement:
         plain = _routed(base, kept, ARMS["base"])
         items["text"] = _right(plain, tokenizer, tests["text"], prompts["text"], flat=True)
         bar.update(1)
-    own, mine = (math.fsum(value or 0 for value in items[f"single_{name}"]) for name in ("kept", "union"))
+    kept_right, union_right = (
+        math.fsum(value or 0 for value in items[f"single_{name}"]) for name in ("kept", "union")
+    )
     rows = [
         {"kinds": list(q.kinds), "numbers": list(q.numbers), "sign": q.sign, "answer": q.answer}
         for q in (*tests["single"], *tests["double"])
     ]
-    return Measurement(items, {**losses, "retention": mine / own if own else None}, rows=rows)
+    return Measurement(
+        items, {**losses, "retention": union_right / kept_right if kept_right else None}, rows=rows
+    )
 
 
 def _experts(folder: Path, base: Any, models: Mapping[Kind, Any], tokenizer: Any) -> Experts:
