@@ -255,6 +255,8 @@ def test_kinds_depth_and_lists_are_kept_to() -> None:
         assert all(one.startswith(kind) for chosen in found for one in chosen)
     found = sites_of(edit(model, EVENTS, locate={"l_max": 1, **common}))
     assert all(int(one.rpartition(".")[2]) <= 1 for chosen in found for one in chosen)
+    found = sites_of(edit(model, EVENTS, locate={"l_min": 1, "l_max": 2, "scope": "batch", **common}))
+    assert all(1 <= int(one.rpartition(".")[2]) <= 2 for chosen in found for one in chosen)
     found = sites_of(edit(model, EVENTS, locate={"mode": "fixed", "sites": ["mlp.2", "attn.0"]}))
     assert found == [{"mlp.2", "attn.0"}] * 3
 

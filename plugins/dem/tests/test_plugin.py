@@ -186,6 +186,7 @@ def test_a_transform_without_requests_or_text_is_told(source: Path, tmp_path: Pa
         ({"mode": "fixed", "sites": ["mlp.1", "mlp.1"]}, "twice"),
         ({"n_sites": 2, "min_attn": 2, "min_mlp": 1}, "ask for 3 sites, and n_sites allows 2"),
         ({"noise": 0}, "changes nothing"),
+        ({"l_min": 3, "l_max": 2}, "no layer may be chosen"),
         ({"mode": "guess"}, "mode"),
         ({"draws": 0}, "draws"),
         ({"kinds": []}, "kinds"),

@@ -62,7 +62,7 @@ class LocalizationOptions(LocateOptions):
 
     @model_validator(mode="after")
     def _no_choice(self) -> LocalizationOptions:
-        chosen = {"n_sites", "min_attn", "min_mlp", "kinds", "l_max", "weights", "scope", "sites"}
+        chosen = {"n_sites", "min_attn", "min_mlp", "kinds", "l_min", "l_max", "weights", "scope", "sites"}
         given = sorted(chosen & self.model_fields_set)
         if given:
             raise ValueError(f"a map has every site, so there is no use for '{given[0]}' here")

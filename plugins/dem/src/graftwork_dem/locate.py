@@ -175,6 +175,10 @@ def places(
 
 
 def _allowed(scores: torch.Tensor, options: LocateOptions) -> torch.Tensor:
-    """Return the scores with kinds that may not be chosen at zero."""
+    """Return the scores with kinds and shallow layers that may not be chosen at zero."""
+    if options.mode == "fixed":
+        return scores
     keep = torch.tensor([float(kind in options.kinds) for kind in KINDS], dtype=scores.dtype)
-    return scores * keep
+    found = scores * keep
+    found[: options.l_min] = 0
+    return found

@@ -49,6 +49,7 @@ class LocateOptions(BaseModel):
     kinds: list[Literal["attn", "mlp"]] = Field(
         ["attn", "mlp"], min_length=1, description="kinds of sites that may be chosen"
     )
+    l_min: int = Field(0, ge=0, description="shallowest layer that may be chosen, from 0")
     l_max: int | None = Field(
         None, ge=0, description="deepest layer that may be chosen, from 0; 0.6 of all where not given"
     )
@@ -71,6 +72,8 @@ class LocateOptions(BaseModel):
                 if self.mode == "fixed"
                 else f"sites are for mode: fixed, and the mode is {self.mode}"
             )
+        if self.l_max is not None and self.l_max < self.l_min:
+            raise ValueError(f"l_max = {self.l_max} is below l_min = {self.l_min}, so no layer may be chosen")
         least = {"attn": self.min_attn, "mlp": self.min_mlp}
         wanted = sum(least[kind] for kind in set(self.kinds))
         if self.mode != "fixed" and wanted > self.n_sites:
