@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,16 @@ from typing import Any
 
 import pytest
 from graftwork.files import atomic_folder
+
+# A small process in between starts the program and reaps it: the kernel counts what the starting process holds as
+# the program's own peak, and a test process holds a model.
+_REAPER = """
+import json, os, sys
+child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+sys.stdout.write("\\n" + json.dumps([usage.ru_utime + usage.ru_stime, usage.ru_maxrss]) + "\\n")
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
 
 
 @dataclass(frozen=True)
@@ -32,18 +41,15 @@ def run_measured(command: Sequence[str | Path], environment: Mapping[str, str] |
 
     Seconds are those of the processor, not of the clock, so that what else runs on the machine counts little.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=out, stderr=err, env={**os.environ, **(environment or {})}
-        )
-        # Reaped by hand: subprocess keeps no count of each child's resources.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), err.seek(0)
-        lines = out.read().splitlines()
-        assert process.returncode == 0, err.read()[-3000:]
+    words = [sys.executable, "-S", "-c", _REAPER, *map(str, command)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *lines, usage = filter(None, done.stdout.splitlines())
+    seconds, peak = json.loads(usage)
     last = lines[-1] if lines and lines[-1].startswith("{") else "{}"
-    return Used(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, json.loads(last))
+    return Used(seconds, peak / 1024, json.loads(last))
 
 
 def peer_python(name: str, requirements: Path) -> Path:
