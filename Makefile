@@ -53,7 +53,7 @@ bench: $(VENV)/.model
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m slow -s --no-header
 
 # The papers' claims at the size `small`; hours on a CPU. All are run, whatever one of them says.
-CLAIMS := sparta:claim parsp:claim cale:claim coiecd:claim d3:claim tpaw:claim recipes/continual/standard.yaml recipes/continual/long.yaml bdq:claim dam:claim
+CLAIMS := sparta:claim parsp:claim cale:claim coiecd:claim d3:claim tpaw:claim recipes/continual/standard.yaml recipes/continual/long.yaml bdq:claim dam:claim mmer:claim mmer:expansion dem:claim-localization dem:claim-editing
 claims: $(VENV)/.model
 	@worst=0; for claim in $(CLAIMS); do $(BIN)/trainer run $$claim --size small || worst=$$?; done; exit $$worst
 
