@@ -14,11 +14,11 @@ from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.merge.masks import unpack
 from graftwork.merge.stored import read_masks
+from graftwork.merge.trim import Trim
 from graftwork.testing.experts import merge_tiny, open_tiny, save_tiny, tensors_of, tiny_experts
 from graftwork.testing.models import tiny_model
 from graftwork.transform.beside import read_beside
 from graftwork_mmer import Artefact, MmerMethod, MmerOptions
-from graftwork_mmer.trim import Trim
 
 Family = tuple[Path, dict[str, str]]
 QUIET = Console(enabled=False)

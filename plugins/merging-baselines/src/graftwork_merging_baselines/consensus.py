@@ -16,9 +16,8 @@ from graftwork.merge.masks import Bits, pack
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import ExpandOptions, MergePlugin
 from graftwork.merge.signs import disjoint, elect, total
+from graftwork.merge.trim import Trim
 from pydantic import Field, field_validator
-
-from graftwork_merging_baselines.trim import Trim
 
 
 class ConsensusOptions(ExpandOptions):

@@ -10,9 +10,8 @@ from graftwork.merge.experts import Experts
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import MergePlugin
 from graftwork.merge.signs import disjoint, elect
+from graftwork.merge.trim import Trim
 from pydantic import BaseModel, ConfigDict, Field
-
-from graftwork_merging_baselines.trim import Trim
 
 
 class TiesOptions(BaseModel):

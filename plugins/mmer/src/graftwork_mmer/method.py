@@ -13,11 +13,11 @@ from graftwork.merge.experts import Experts
 from graftwork.merge.masks import Bits, pack
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.signs import disjoint, elect
+from graftwork.merge.trim import Trim
 
 from graftwork_mmer.options import MmerOptions
 from graftwork_mmer.rules import RULES, ScaleSums, row_sums, stored
 from graftwork_mmer.sources import refuse_merged
-from graftwork_mmer.trim import Trim
 
 MERGED, MASK = "merged", "mask."
 FORMAT = "mmer/1"

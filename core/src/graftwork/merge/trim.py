@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+
 from graftwork.console import Console
 from graftwork.merge.experts import Experts
 from graftwork.merge.method import Piece
