@@ -13,8 +13,7 @@ from graftwork.merge.masks import Bits, pack
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import ExpandOptions, MergePlugin
 from graftwork.merge.signs import disjoint, elect
-
-from graftwork_merging_baselines.sizes import row_sizes
+from graftwork.merge.sums import row_sums
 
 
 class EmrMethod(MergeMethod):
@@ -39,8 +38,8 @@ class EmrMethod(MergeMethod):
             count = math.prod(experts.shapes[piece.name])
             unified = self.merge(piece)
             for index, delta in enumerate(piece.deltas):
-                own[index] += [size / count for size in row_sizes(delta)]
-                masked[index] += [size / count for size in row_sizes(self._masked(delta, unified))]
+                own[index] += [size / count for size in row_sums(delta.abs())]
+                masked[index] += [size / count for size in row_sums(self._masked(delta, unified).abs())]
         self.scales = [
             # Where no entry of an expert has the elected sign there is nothing to scale.
             math.fsum(one) / math.fsum(other) if any(other) else 1.0

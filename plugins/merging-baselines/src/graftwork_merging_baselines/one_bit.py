@@ -12,8 +12,7 @@ from graftwork.merge.experts import Experts
 from graftwork.merge.masks import Bits, pack
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import ExpandOptions, MergePlugin
-
-from graftwork_merging_baselines.sizes import row_sizes
+from graftwork.merge.sums import row_sums
 
 
 class OneBitMethod(MergeMethod):
@@ -34,7 +33,7 @@ class OneBitMethod(MergeMethod):
         for piece in experts.pieces(console, "find scales"):
             mine = sums.setdefault(piece.name, [[] for _ in piece.experts])
             for values, delta in zip(mine, piece.deltas, strict=True):
-                values.extend(row_sizes(delta))
+                values.extend(row_sums(delta.abs()))
         for name, of_experts in sums.items():
             count = math.prod(experts.shapes[name])
             self.scales[name] = [math.fsum(values) / count for values in of_experts]

@@ -13,10 +13,11 @@ from graftwork.merge.experts import Experts
 from graftwork.merge.masks import Bits, pack
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.signs import disjoint, elect
+from graftwork.merge.sums import row_sums
 from graftwork.merge.trim import Trim
 
 from graftwork_mmer.options import MmerOptions
-from graftwork_mmer.rules import RULES, ScaleSums, row_sums, stored
+from graftwork_mmer.rules import RULES, ScaleSums, stored
 from graftwork_mmer.sources import refuse_merged
 
 MERGED, MASK = "merged", "mask."

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from graftwork.merge.sums import row_sums
 
 Rule = Literal["l1", "congruence"]
 Scale = Literal["none", "l2", "l1"]
@@ -42,14 +43,6 @@ RULES: dict[Rule, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] =
 def stored(merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the merged difference rounded to the precision that it is stored in, as float32."""
     return merged.to(dtype).float()
-
-
-def row_sums(values: torch.Tensor) -> list[float]:
-    """Return the sum of each row in float64.
-
-    By numpy, which sums every row by itself in one order, so that sums do not depend on how rows are cut.
-    """
-    return values.double().numpy().sum(-1).tolist()
 
 
 class ScaleSums:
