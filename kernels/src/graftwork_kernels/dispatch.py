@@ -1,0 +1,46 @@
+"""Which path a call takes: Triton on a GPU (CUDA, or ROCm where Triton runs), PyTorch everywhere else.
+
+With ``TRITON_INTERPRET=1``, set before Triton is imported, the kernels run on CPU tensors too: right, but slow. That is
+for testing them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fused(*tensors: torch.Tensor) -> bool:
+    """Return whether kernels run for these tensors: all on a GPU, or any device in the interpreter."""
+    return HAS_TRITON and (INTERPRETED or all(tensor.is_cuda for tensor in tensors))
+
+
+def path_of(device: torch.device | str) -> str:
+    """Return in words which path calls take on ``device``."""
+    device = torch.device(device)
+    if not HAS_TRITON:
+        return "PyTorch (Triton is not installed)"
+    version = importlib.metadata.version("triton")
+    if INTERPRETED:
+        return f"Triton {version}, interpreted on {device.type}: for tests only"
+    if device.type != "cuda":
+        return f"PyTorch on {device.type} (Triton kernels run on GPUs)"
+    return f"Triton {version} on {torch.cuda.get_device_name(device)}"
+
+
+_SAID: set[str] = set()
+
+
+def announce(say: Callable[[str], None], device: torch.device | str) -> None:
+    """Say once per process and device which path runs."""
+    text = f"kernels: {path_of(device)}"
+    if text not in _SAID:
+        _SAID.add(text)
+        say(text)
