@@ -1,25 +1,47 @@
 """Which path a call takes: Triton on a GPU (CUDA, or ROCm where Triton runs), PyTorch everywhere else.
 
-With ``TRITON_INTERPRET=1``, set before Triton is imported, the kernels run on CPU tensors too: right, but slow. That is
-for testing them.
+With ``TRITON_INTERPRET=1``, set before Triton is imported, and :func:`interpreting`, the kernels run on CPU tensors too:
+right, but slow. That is for testing them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Whether Triton was told to interpret: what is compiled for a GPU then is not.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+_interpreting = False
 
 
 def fused(*tensors: torch.Tensor) -> bool:
-    """Return whether kernels run for these tensors: all on a GPU, or any device in the interpreter."""
-    return HAS_TRITON and (INTERPRETED or all(tensor.is_cuda for tensor in tensors))
+    """Return whether kernels run for these tensors: all on a GPU, or on any device while interpreting."""
+    if INTERPRETED:
+        return _interpreting
+    return HAS_TRITON and all(tensor.is_cuda for tensor in tensors)
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Run kernels in Triton's interpreter inside, where there is no GPU.
+
+    Raises:
+        RuntimeError: Triton is missing, or was imported without ``TRITON_INTERPRET=1``.
+    """
+    global _interpreting
+    if not INTERPRETED:
+        raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported to run kernels without a GPU")
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
 
 
 def path_of(device: torch.device | str) -> str:
@@ -28,9 +50,9 @@ def path_of(device: torch.device | str) -> str:
     if not HAS_TRITON:
         return "PyTorch (Triton is not installed)"
     version = importlib.metadata.version("triton")
-    if INTERPRETED:
+    if INTERPRETED and _interpreting:
         return f"Triton {version}, interpreted on {device.type}: for tests only"
-    if device.type != "cuda":
+    if INTERPRETED or device.type != "cuda":
         return f"PyTorch on {device.type} (Triton kernels run on GPUs)"
     return f"Triton {version} on {torch.cuda.get_device_name(device)}"
 

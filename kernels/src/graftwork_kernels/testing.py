@@ -1,4 +1,4 @@
-"""How far a result may be from its float64 reference."""
+"""How far a result may be from its float64 reference, for tests of kernels, ours and others'."""
 
 from __future__ import annotations
 
