@@ -11,7 +11,7 @@ import pytest
 import torch
 from graftwork import Combiner, UserError
 from graftwork.console import Console
-from graftwork.evaluate.continuations import continuation_likelihoods
+from graftwork.evaluate.continuations import answer_pair, continuation_likelihoods, first_choices
 from graftwork.evaluate.lm_eval import EXTRA, as_measurement, benchmark
 from graftwork.generate import Decoding
 from graftwork.run import Run
@@ -61,6 +61,33 @@ def test_likelihoods_are_those_of_single_passes(kind: str, batch_size: int) -> N
         found = continuation_likelihoods(model, TOKENIZER, pairs, decoding=decoding, batch_size=batch_size)
         assert [one[1] for one in found] == [one[1] for one in expected]
         assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_first_choices_are_those_of_single_passes(batch_size: int) -> None:
+    model = tiny_model(dtype=torch.float64)
+    greedy = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False, eos_token_id=258)
+    pairs = [*PAIRS, ([5, 6], [*greedy[0, 2:].tolist(), 7])]
+    expected = [
+        [by_hand(model, prompt + answer[:place], [token])[1] for place, token in enumerate(answer)]
+        for prompt, answer in pairs
+    ]
+    assert expected[-1][:3] == [True] * 3
+    assert first_choices(model, TOKENIZER, pairs, batch_size=batch_size) == expected
+
+
+def test_an_item_is_parted_where_its_answer_begins() -> None:
+    end = TOKENIZER.eos_token_id
+    plain = answer_pair(TOKENIZER, "Say so:", " yes")
+    assert (TOKENIZER.decode(plain[0]), TOKENIZER.decode(plain[1][:-1])) == ("Say so:", " yes")
+    assert plain[1][-1] == end
+    chat = answer_pair(
+        TOKENIZER, [{"role": "user", "content": "hm"}], [{"role": "assistant", "content": "ah"}]
+    )
+    assert TOKENIZER.decode(chat[0]) == "<user>hm\n<assistant>"
+    assert TOKENIZER.decode(chat[1]) == "ah\n"
+    with pytest.raises(UserError, match="a prompt is empty"):
+        answer_pair(TOKENIZER, "", "a")
 
 
 def test_what_changes_decoding_changes_likelihoods() -> None:

@@ -1,7 +1,7 @@
 """Which path a call takes: Triton on a GPU (CUDA, or ROCm where Triton runs), PyTorch everywhere else.
 
-With ``TRITON_INTERPRET=1``, set before Triton is imported, and :func:`interpreting`, the kernels run on CPU tensors too:
-right, but slow. That is for testing them.
+With ``TRITON_INTERPRET=1``, set before Triton is imported, kernels run on CPU tensors inside
+:func:`interpreting`: right, but slow. That is for testing them.
 """
 
 from __future__ import annotations

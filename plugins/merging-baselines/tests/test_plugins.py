@@ -266,6 +266,18 @@ def test_references_of_retention(trainer: Any, trained: Any, tmp_path: Path) -> 
     assert len(base["items"]["retention"]) == 40
 
 
+def test_an_expert_whose_answers_are_no_labels(trainer: Any, trained: Any, tmp_path: Path) -> None:
+    """It has its own data, and its score is the share of tokens that it would have written."""
+    base, data, experts = trained
+    asked = {"source": "exact:arithmetic", "train_items": 4, "test_items": 6}
+    more = {**experts, "sums": {"model": experts["fruit"]["model"], "data": asked}}
+    run = measured(trainer, (base, data, more), tmp_path / "own", "unmerged", answer_tokens=3)
+    assert run["metrics"]["retention"] == pytest.approx(1.0)
+    scores = run["items"]["score_sums"]
+    assert len(scores) == 6
+    assert all(round(6 * score, 6) in range(7) for score in scores)  # of at most three tokens
+
+
 def test_masks_keep_more_than_the_mean(trainer: Any, trained: Any, tmp_path: Path) -> None:
     emr = measured(trainer, trained, tmp_path / "emr", "emr")
     mean = measured(trainer, trained, tmp_path / "mean", "average")

@@ -6,7 +6,7 @@ decoded with every token forced, so that its probability is the one that the met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 
 from graftwork.errors import UserError
 from graftwork.evaluate.answers import GREEDY, check_decoding
-from graftwork.evaluate.encoding import pad_token
+from graftwork.evaluate.encoding import encode_prompt, pad_token
 from graftwork.evaluate.modes import evaluating
 from graftwork.generate.decoding import Decoding, Encoded, decode_tokens
 from graftwork.generate.passes import inner_model
@@ -59,6 +59,53 @@ def continuation_likelihoods(
     return found
 
 
+def first_choices(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[bool]]:
+    """Return for every continuation which of its tokens were the likeliest, each after the true ones before it.
+
+    Raises:
+        UserError: an encoder-decoder, a pair longer than the model's window.
+    """
+    _check(model, pairs)
+    order = sorted(range(len(pairs)), key=lambda index: (-sum(map(len, pairs[index])), index))
+    found: list[list[bool]] = [[] for _ in pairs]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = _answers(model, tokenizer, [pairs[index] for index in chosen])
+        for index, (logits, target) in zip(chosen, rows, strict=True):
+            found[index] = (logits.argmax(-1) == target).tolist()
+        if progress is not None:
+            progress(len(chosen))
+    return found
+
+
+def answer_pair(tokenizer: Any, prompt: Any, completion: Any) -> Pair:
+    """Return the tokens of an item (texts, or chat messages), parted where the answer begins, as in training.
+
+    Where a tokenizer melts the end of the prompt with the beginning of the answer, the melted tokens belong to the
+    answer.
+
+    Raises:
+        UserError: an empty prompt or answer, or a chat without a template for it.
+    """
+    asked = encode_prompt(tokenizer, prompt)
+    if isinstance(prompt, str):
+        whole = tokenizer(f"{prompt}{completion}{tokenizer.eos_token or ''}", verbose=False)["input_ids"]
+    else:
+        whole = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+    shared = next((at for at, pair in enumerate(zip(asked, whole, strict=False)) if pair[0] != pair[1]), None)
+    shared = min(len(asked), len(whole)) if shared is None else shared
+    if not 0 < shared < len(whole):
+        raise UserError("an item has no answer after its prompt, or no prompt before its answer")
+    return list(whole[:shared]), list(whole[shared:])
+
+
 def _check(model: Any, pairs: Sequence[Pair]) -> None:
     if is_encoder_decoder(model.config):
         raise UserError(
@@ -73,7 +120,19 @@ def _check(model: Any, pairs: Sequence[Pair]) -> None:
 
 
 def _read(model: Any, tokenizer: Any, pairs: Sequence[Pair], decoding: Decoding) -> list[Likelihood]:
-    """Read every pair in one pass, without the last token, which nothing follows."""
+    """Read every pair in one pass."""
+    found = []
+    for part, target in _answers(model, tokenizer, pairs):
+        shares = part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1)
+        chosen = shares.gather(-1, target[:, None]).sum()
+        found.append((float(chosen), bool((shares.argmax(-1) == target).all())))
+    return found
+
+
+def _answers(
+    model: Any, tokenizer: Any, pairs: Sequence[Pair]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield logits [A, V] and tokens [A] of every continuation; the last token is not read: nothing follows it."""
     texts = [(prompt + answer)[:-1] for prompt, answer in pairs]
     wide = max(map(len, texts))
     device = inner_model(model).device
@@ -84,14 +143,8 @@ def _read(model: Any, tokenizer: Any, pairs: Sequence[Pair], decoding: Decoding)
         mask[row, : len(text)] = 1
     with evaluating(model):
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-    found = []
     for row, (text, (_, answer)) in enumerate(zip(texts, pairs, strict=True)):
-        part = logits[row, len(text) - len(answer) : len(text)]
-        part = part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1)
-        target = torch.tensor(answer, device=part.device)
-        chosen = part.gather(-1, target[:, None]).sum()
-        found.append((float(chosen), bool((part.argmax(-1) == target).all())))
-    return found
+        yield logits[row, len(text) - len(answer) : len(text)], torch.tensor(answer, device=logits.device)
 
 
 def _forced(model: Any, tokenizer: Any, pairs: Sequence[Pair], decoding: Decoding) -> list[Likelihood]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from graftwork.data.options import DataOptions
 from graftwork.errors import UserError
 from graftwork.hookspecs import Benchmark, LineChart, Measurement
 from graftwork.merge.experts import Experts
@@ -49,7 +50,10 @@ class ExpertTasks(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(min_length=1, description="model or LoRA adapter that was made from the base")
-    tasks: list[str] = Field(min_length=1, description="tasks of the data that it is scored on")
+    tasks: list[str] | None = Field(
+        None, min_length=1, description="tasks of the data that it is scored on; all where not named"
+    )
+    data: DataOptions | None = Field(None, description="its own data, in place of the benchmark's")
 
 
 class RetentionOptions(ScoringOptions):
@@ -77,7 +81,7 @@ def retention_benchmark(run: Run, options: Any, make: Make) -> Benchmark:
     per_expert = {}
     for name in names:
         per_expert |= {
-            f"score_{name}": f"share of right answers on the tasks of '{name}'",
+            f"score_{name}": f"share of right answers (or first tokens) on the tasks of '{name}'",
             f"expert_{name}": f"the same of '{name}' itself",
             f"base_{name}": "the same of the base",
         }
@@ -98,7 +102,9 @@ def _measure(evaluation: Evaluation, options: Any, make: Make) -> Measurement:
         job.model.ref, dtype=job.model.dtype, trust_remote_code=job.model.trust_remote_code
     )
     experts = Experts({name: one.model for name, one in asked.experts.items()}, source, asked.merge)
-    tasks = {name: asked.experts[name].tasks for name in experts.names}
+    tasks = {
+        name: (asked.experts[name].data or asked.data, asked.experts[name].tasks) for name in experts.names
+    }
     test = questions(asked, tasks, evaluation.run, evaluation.tokenizer, validation=False)
     notes = [*experts.notes, *experts.survey(evaluation.console)]
     standing = Standing(evaluation.model, experts)

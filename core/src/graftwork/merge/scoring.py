@@ -19,6 +19,7 @@ from graftwork.data.stream import build_stream
 from graftwork.data.tasks import Task
 from graftwork.errors import UserError
 from graftwork.evaluate.answers import score_task
+from graftwork.evaluate.continuations import answer_pair, first_choices
 from graftwork.files import cache_folder, write_json_atomic
 from graftwork.models import load_model, resolve
 
@@ -38,7 +39,12 @@ class ScoringOptions(BaseModel):
         description="training items per task to choose settings by; not those that experts were trained on",
     )
     scoring: Literal["likelihood", "generate"] = Field(
-        "likelihood", description="the likeliest label is the answer; or what the model writes"
+        "likelihood",
+        description="the likeliest label is the answer, and where answers are no labels, the share of their tokens "
+        "that are the model's first choice; or what the model writes",
+    )
+    answer_tokens: int = Field(
+        64, ge=1, description="of an answer that is no label, so many tokens are looked at"
     )
     batch_size: int = Field(25, ge=1, description="prompts that are answered together")
     max_new_tokens: int = Field(8, ge=1, description="longest written answer, in tokens")
@@ -53,11 +59,14 @@ class Questions:
     notes: tuple[str, ...] = ()
 
     def score(self, model: Any, tokenizer: Any, expert: str, console: Console, label: str) -> list[float]:
-        """Return for every item of the expert's tasks whether it was answered (1 or 0)."""
+        """Return a score in [0, 1] for every item of the expert's tasks: answered or not, or a share of tokens."""
         found: list[float] = []
         tasks = self.tasks[expert]
         with console.bar(sum(len(task.test or ()) for task in tasks), label) as bar:
             for task in tasks:
+                if self.options.scoring == "likelihood" and not task.labels:
+                    found += self._shares(model, tokenizer, task, bar.update)
+                    continue
                 scored = score_task(
                     model,
                     tokenizer,
@@ -69,6 +78,15 @@ class Questions:
                 )
                 found += [float(one) for one in scored.correct]
         return found
+
+    def _shares(self, model: Any, tokenizer: Any, task: Task, progress: Any) -> list[float]:
+        """Return for every item the share of its answer's tokens that the model would have chosen first."""
+        pairs = []
+        for row in task.test.to_list() if task.test is not None else []:
+            prompt, answer = answer_pair(tokenizer, row["prompt"], row["completion"])
+            pairs.append((prompt, answer[: self.options.answer_tokens]))
+        chosen = first_choices(model, tokenizer, pairs, batch_size=self.options.batch_size, progress=progress)
+        return [sum(one) / len(one) for one in chosen]
 
     def reference(
         self, ref: str, dtype: str, model: Any, tokenizer: Any, expert: str, console: Console
@@ -106,51 +124,64 @@ class Questions:
 
 def questions(
     options: ScoringOptions,
-    tasks: Mapping[str, Sequence[str]],
+    asked: Mapping[str, tuple[DataOptions, Sequence[str] | None]],
     run: Run,
     tokenizer: Any,
     *,
     validation: bool,
 ) -> Questions:
-    """Return the test items of every expert's tasks (names), or items to choose settings by.
+    """Return the test items of every expert's tasks, or items to choose settings by.
 
     These are training items that ``data.train_items`` does not draw, so that experts trained with the same section
     have not seen them; where all are drawn, any of them.
 
+    Args:
+        options: of the scoring.
+        asked: per expert, the data and the names of its tasks there (None: all).
+        run: for its seed and the sources of its plugins.
+        tokenizer: of the base.
+        validation: items to choose settings by are asked for.
+
     Raises:
         UserError: see :func:`graftwork.data.stream.build_stream`; also for a task without items to score.
     """
-    names = sorted({name for some in tasks.values() for name in some})
-    data = options.data.model_copy(update={"order": names})
-    asked: dict[str, Any] = {
-        "seed": run.seed,
-        "tokenizer": tokenizer,
-        "sources": run.plugins.data_sources(run),
-    }
-    built = {task.name: task for task in build_stream(data, **asked)}
+    found: dict[str, list[Task]] = {}
+    notes: list[str] = []
+    for expert, (data, names) in asked.items():
+        ordered = data if names is None else data.model_copy(update={"order": list(names)})
+        given: dict[str, Any] = {
+            "seed": run.seed,
+            "tokenizer": tokenizer,
+            "sources": run.plugins.data_sources(run),
+        }
+        tasks = build_stream(ordered, **given)
+        if validation:
+            whole = ordered.model_copy(update={"train_items": None})
+            for task, drawn in zip(build_stream(whole, **given), tasks, strict=True):
+                notes += _fresh(task, drawn, options.validation)
+        for task in tasks:
+            if task.test is None or not len(task.test):
+                raise UserError(f"task '{task.name}' has no items to score expert '{expert}' on")
+        found[expert] = tasks
+    return Questions(found, options, tuple(dict.fromkeys(notes)))
+
+
+def _fresh(whole: Task, task: Task, count: int) -> list[str]:
+    """Make training items that ``task`` did not draw from ``whole`` its test items; return what is to be told."""
+    drawn = {json.dumps(row) for row in task.train.to_list()}
+    rows = whole.train.to_list()
+    fresh = [row for row in rows if json.dumps(row) not in drawn]
     notes = []
-    if validation:
-        whole = data.model_copy(update={"train_items": None})
-        for task in build_stream(whole, **asked):
-            drawn = {json.dumps(row) for row in built[task.name].train.to_list()}
-            rows = task.train.to_list()
-            fresh = [row for row in rows if json.dumps(row) not in drawn]
-            if not fresh:
-                fresh = rows
-                notes.append(
-                    f"{task.name}: settings were chosen on items that experts may have trained on; data.train_items "
-                    f"draws all there are"
-                )
-            # Spread over the file, which may be sorted by label.
-            step = max(1, len(fresh) // options.validation)
-            task.test = Dataset.from_list(fresh[::step][: options.validation])
-            built[task.name] = task
-    for task in built.values():
-        if task.test is None or not len(task.test):
-            raise UserError(f"task '{task.name}' has no items to score an expert on")
-    return Questions(
-        {name: [built[task] for task in some] for name, some in tasks.items()}, options, tuple(notes)
-    )
+    if not fresh:
+        fresh = rows
+        notes.append(
+            f"{task.name}: settings were chosen on items that experts may have trained on; data.train_items draws all "
+            f"there are"
+        )
+    # Spread over the file, which may be sorted by label.
+    step = max(1, len(fresh) // count)
+    task.test = Dataset.from_list(fresh[::step][:count])
+    return notes
 
 
 def _loaded(ref: str, dtype: str) -> Any:

@@ -14,34 +14,25 @@ from typing import Any
 
 import torch
 from graftwork.console import Console
-from graftwork.edit.draft import Draft
 from graftwork.edit.edits import EditSet
 from graftwork.edit.errors import StatsError
-from graftwork.edit.plugin import EditOptions, EditPlugin
-from graftwork.edit.prefixes import generate_prefixes
-from graftwork.edit.reading import keys, states
+from graftwork.edit.plugin import EditPlugin
 from graftwork.edit.requests import Request
-from graftwork.edit.sites import find_sites
+from graftwork.edit.sites import Site
 from graftwork.edit.solve import Update
 from graftwork.edit.statistics import Provider
-from graftwork.edit.target import StateOptions
 from pydantic import Field
 
-from graftwork_editing_baselines.band import band
-from graftwork_editing_baselines.memit import target_states
+from graftwork_editing_baselines.spread import SpreadOptions, spread_edit
 
 
-class AlphaEditOptions(EditOptions):
+class AlphaEditOptions(SpreadOptions):
     """Options of AlphaEdit."""
 
-    layers: list[int] | None = Field(
-        None, description="layers to write to; the band of MEMIT for GPT-J, 3 to 8 of 28, if not set"
-    )
     rho: float = Field(
         0.02, gt=0, lt=1, description="share of the trace of C that the kept directions hold together"
     )
     l2: float = Field(1.0, gt=0, description="added to the diagonal of the system")
-    state: StateOptions = Field(default_factory=lambda: StateOptions.model_validate({}))
 
 
 def null_basis(moment: torch.Tensor, rho: float) -> torch.Tensor:
@@ -102,29 +93,28 @@ class AlphaEditEditor:
         seed: int,
     ) -> EditSet:
         options = self.options
-        layers = band(model, options.layers, 3 / 28, 8 / 28, self.name)
-        sites = find_sites(model, ["mlp"], layers)
-        statistics.collect(sites)
-        openings = generate_prefixes(
-            model, tokenizer, options.state.prefixes, options.state.prefix_tokens, seed
-        )
-        wanted, steps = target_states(
-            model, tokenizer, requests, layers[-1], options.state, openings, console
-        )
         mine: dict[str, torch.Tensor] = {}
         kept: dict[str, float] = {}
-        with Draft(model, sites, max_share=options.max_share) as draft:
-            for number, site in enumerate(sites):
-                basis = null_basis(statistics.moment(site), options.rho)
-                kept[site.name] = basis.shape[1] / site.d
-                earlier = self._keys.get((site.name, site.digest()))
-                missing = wanted - states(model, tokenizer, requests, layers[-1])
-                (now,) = keys(model, tokenizer, requests, [site], openings).values()
-                residuals = missing.T / (len(sites) - number)
-                draft.write(site, null_space_update(residuals, now.T, earlier, basis, options.l2))
-                mine[site.name] = now.T if earlier is None else torch.cat([earlier, now.T], 1)
-            report = {"layers": layers, "steps": steps, "kept": kept}
-            edits = draft.edit_set(self.name, self.name, requests, options.model_dump(), report)
+
+        def solve(site: Site, residuals: torch.Tensor, now: torch.Tensor) -> Update:
+            basis = null_basis(statistics.moment(site), options.rho)
+            kept[site.name] = basis.shape[1] / site.d
+            earlier = self._keys.get((site.name, site.digest()))
+            mine[site.name] = now if earlier is None else torch.cat([earlier, now], 1)
+            return null_space_update(residuals, now, earlier, basis, options.l2)
+
+        edits = spread_edit(
+            self.name,
+            model,
+            tokenizer,
+            requests,
+            statistics,
+            options,
+            solve,
+            console=console,
+            seed=seed,
+            told={"kept": kept},
+        )
         for name, values in mine.items():
             self._keys[name, edits.parts[0].after[name]] = values
         return edits
