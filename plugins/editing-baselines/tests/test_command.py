@@ -16,6 +16,7 @@ from graftwork.edit.edits import EditSet
 from graftwork.edit.layouts import write_requests
 from graftwork.models import load_model
 from graftwork.testing.editing import REQUESTS, editable_model
+from graftwork.testing.runs import kill_when
 from safetensors.torch import load_file
 
 
@@ -45,14 +46,19 @@ def trainer(*arguments: str) -> Result:
     return Result(int(ended.value.code or 0), told.getvalue() + errors.getvalue())
 
 
-def transform(base: Path, plugin: str, output: Path, *settings: str) -> Result:
+def words(base: Path, plugin: str, output: Path, *settings: str) -> list[str]:
+    """Return the words of a transform that edits."""
     given = [
         f"plugins.{plugin}.requests={base.parent / 'edits.jsonl'}",
         f"plugins.{plugin}.max_share=50",
         *settings,
     ]
     sets = [part for one in given for part in ("--set", one)]
-    return trainer("transform", "--model", str(base), "--plugin", plugin, *sets, "--output", str(output))
+    return ["transform", "--model", str(base), "--plugin", plugin, *sets, "--output", str(output)]
+
+
+def transform(base: Path, plugin: str, output: Path, *settings: str) -> Result:
+    return trainer(*words(base, plugin, output, *settings))
 
 
 TEXT = ("transform.calibration=random", "transform.samples=8", "transform.window=32")
@@ -105,8 +111,27 @@ def test_an_edit_is_followed_by_a_compression(base: Path, tmp_path: Path) -> Non
     assert EditSet.load(tmp_path / "small").to_bytes() == EditSet.load(tmp_path / "out").to_bytes()
 
 
+def test_killed_while_states_are_found_and_while_layers_are_written(base: Path, tmp_path: Path) -> None:
+    """What comes out after two kills, signal 9, is what an undisturbed run writes: model, edits, figures."""
+    assert transform(base, "memit", tmp_path / "whole", *TEXT, *STATE).exit_code == 0
+    cut = words(base, "memit", tmp_path / "cut", *TEXT, *STATE)
+    work = tmp_path / "cut/work"
+    moments = (
+        (tmp_path / "cut/manifest.json").exists,
+        lambda: len(list(work.glob("model-*.safetensors"))) >= 2,
+    )
+    for number, moment in enumerate(moments):
+        kill_when([*cut, *(["--resume"] if number else [])], moment)
+        assert not (tmp_path / "cut/model").exists()
+    assert trainer(*cut, "--resume").exit_code == 0
+    assert digests(tmp_path / "cut/model") == digests(tmp_path / "whole/model")
+    assert EditSet.load(tmp_path / "cut").to_bytes() == EditSet.load(tmp_path / "whole").to_bytes()
+    before, after = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut"))
+    assert before["metrics"] == after["metrics"]
+
+
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "told"),
     [
         (
             '{"id": "again", "prompt": "{} is in", "subject": "Lyon", "target": "Peru"}',
@@ -117,12 +142,12 @@ def test_an_edit_is_followed_by_a_compression(base: Path, tmp_path: Path) -> Non
         ('{"prompt": "{} was", "subject": "Lyon", "target": ""}', "empty target"),
     ],
 )
-def test_bad_requests_end_with_one_sentence(base: Path, tmp_path: Path, line: str, words: str) -> None:
+def test_bad_requests_end_with_one_sentence(base: Path, tmp_path: Path, line: str, told: str) -> None:
     with (tmp_path / "edits.jsonl").open("a") as file:
         file.write(line + "\n")
     found = transform(base, "memit", tmp_path / "out", *TEXT, *STATE)
     assert found.exit_code == 2
-    assert words in found.output
+    assert told in found.output
     assert not (tmp_path / "out" / "model").exists()
 
 
