@@ -114,6 +114,28 @@ def test_killed_at_five_moments_gives_the_same_bytes(trainer: Any, words: Words,
     assert before["items"] == after["items"]
 
 
+def test_cut_off_between_model_and_result(
+    trainer: Any, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is complete then; what is left to do is to say so."""
+    from graftwork.transform import job
+
+    assert trainer(*words(tmp_path / "whole")).code == 0
+
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "measurement", cut)
+        assert trainer(*words(tmp_path / "run")).code != 0
+    assert (tmp_path / "run/model").is_dir()
+    assert not (tmp_path / "run/result.json").exists()
+    resumed = trainer(*words(tmp_path / "run", "--resume"))
+    assert resumed.code == 0, resumed.err
+    assert contents(tmp_path / "run/model") == contents(tmp_path / "whole/model")
+    assert not (tmp_path / "run/work").exists()
+
+
 def test_another_job_does_not_go_on_in_the_folder(trainer: Any, words: Words, tmp_path: Path) -> None:
     assert trainer(*words(tmp_path / "run")).code == 0
     refused = trainer(*words(tmp_path / "run", "--resume", samples=4))

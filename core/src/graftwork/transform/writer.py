@@ -57,6 +57,8 @@ class Writer:
     def finish(self, target: Path, config: Mapping[str, Any], beside: Path | None) -> int:
         """Put index, config and what lies ``beside`` the old model to the files; they become ``target``.
 
+        Where ``target`` has these very files already, an earlier run was cut off just behind this, and it is complete.
+
         Returns:
             The bytes of all weights.
 
@@ -70,6 +72,8 @@ class Writer:
             for name, entry in header(path).items():
                 places[name] = path.name
                 total += entry["data_offsets"][1] - entry["data_offsets"][0]
+        if self._is_mine(target):
+            return total
         try:
             with atomic_folder(target) as folder:
                 for number in range(self._count):
@@ -86,6 +90,11 @@ class Writer:
             reason = "the disk is full" if full else error.strerror or str(error)
             raise UserError(f"'{target}' cannot be written: {reason}") from None
         return total
+
+    def _is_mine(self, target: Path) -> bool:
+        """Return whether the weights in ``target`` are the files here, under a second name."""
+        paths = [self._path(number) for number in range(self._count)]
+        return all((target / path.name).is_file() and path.samefile(target / path.name) for path in paths)
 
     def _path(self, number: int) -> Path:
         return self.work / file_name(number, self._count)
