@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
+from graftwork_kernels.gated_low_rank import gated_low_rank
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from graftwork_sparta.config import SpartaConfig
@@ -151,16 +151,16 @@ class SpartaLinear(nn.Module, SpartaPart):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        dtype = result.dtype
         for name in self.active_adapters:
             if name not in self.configs:
                 continue
             a, b, ranks = self.factors(name)
-            middle = F.linear(self.sparta_dropout[name](x.to(a.dtype)), a)
+            gate = None
             if self.configs[name].router != "off":
-                middle = middle * self.router[0].rank_gates(name, ranks, len(x)).to(middle.dtype)
-            result = result + F.linear(middle, b) * self.configs[name].scale
-        return result.to(dtype)
+                gate = self.router[0].rank_gates(name, ranks, len(x))
+            x_in = self.sparta_dropout[name](x.to(a.dtype))
+            result = gated_low_rank(result, x_in, a, b, gate, self.configs[name].scale)
+        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the delta of the named (or active) adapters to the base weight."""

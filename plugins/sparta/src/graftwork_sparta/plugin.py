@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from graftwork import GradientTransform, LossTerm, UserError, hookimpl
+from graftwork_kernels import announce
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -148,6 +149,7 @@ class Sparta:
 
     @hookimpl
     def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
+        announce(run.console.say, trainer.args.device)
         if task.index > 0:
             grow(trainer.model, torch.Generator().manual_seed(run.seed * 1009 + task.index))
         if self.options.restore_every:

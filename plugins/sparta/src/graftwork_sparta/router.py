@@ -146,7 +146,7 @@ class SpartaRouter(nn.Module, SpartaPart):
         return torch.sigmoid(lineage_logits(h, mask, a_BND, k_BND, w))
 
     def rank_gates(self, name: str, ranks: tuple[int, int], batch: int) -> torch.Tensor:
-        """Return the gates of adapter ``name`` expanded to ranks: (b x 1 x (r_shared + r_specific))."""
+        """Return the gates of adapter ``name`` expanded to ranks: (b x (r_shared + r_specific))."""
         gates = self.gates.get(name)
         if gates is None or gates.shape[0] != batch:
             have = "none" if gates is None else str(gates.shape[0])
@@ -156,7 +156,7 @@ class SpartaRouter(nn.Module, SpartaPart):
             )
         shared = gates[:, SHARED : SHARED + 1].expand(-1, ranks[0])
         specific = gates[:, SPECIFIC:].expand(-1, ranks[1])
-        return torch.cat([shared, specific], 1)[:, None]
+        return torch.cat([shared, specific], 1)
 
     # ------------------------------------------------------------------ PEFT walks over all tuner layers
 
