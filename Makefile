@@ -48,8 +48,10 @@ lint: $(VENV)/.ready
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 
-# Measured comparisons with peers: prints tables, writes CSV to tests/benchmarks/results/.
+# Measured comparisons with peers: prints tables, writes CSV to tests/benchmarks/results/ and kernels/benchmarks/results/.
 bench: $(VENV)/.model
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt --group bench
+	@OMP_NUM_THREADS=1 $(BIN)/python kernels/benchmarks/run.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m slow -s --no-header
 
 # The papers' claims at the size `small`; hours on a CPU. All are run, whatever one of them says.
