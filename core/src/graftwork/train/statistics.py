@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -150,6 +150,7 @@ def second_moments(
     *,
     dtype: torch.dtype = torch.float32,
     also: Iterable[nn.Module] = (),
+    add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object] | None = None,
 ) -> dict[str, Moment]:
     """Return the second moment of the input of each of ``modules`` over ``batches``, by the same names.
 
@@ -157,9 +158,10 @@ def second_moments(
     pre-forward hooks read, has got its input: nothing behind it is computed. So the model must not be sharded.
 
     Padding tokens do not count; the processes' shares are added up. The products are taken and summed in
-    ``dtype`` on the module's device. The model is put into eval mode for the pass, without gradients. In an
-    encoder-decoder the tokens are those of the prompt in the encoder, and wherever the decoder reads what the
-    encoder made; elsewhere in the decoder they are those of the answer.
+    ``dtype`` on the module's device; ``add`` may do so instead: given a sum (d x d), inputs (n x d) and which of
+    them count (n), it adds theirs to the sum in place. The model is put into eval mode for the pass, without
+    gradients. In an encoder-decoder the tokens are those of the prompt in the encoder, and wherever the decoder
+    reads what the encoder made; elsewhere in the decoder they are those of the answer.
 
     Raises:
         UserError: a moment is not finite; the name of the layer is in the sentence.
@@ -171,12 +173,13 @@ def second_moments(
     def see(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             # Some models lay batch and tokens into one dimension before they reach a layer.
-            x_ND = args[0].detach().flatten(0, -2)[reads.mask(module, args[0]).flatten()].to(dtype)
-            tokens[name] += len(x_ND)
-            if name in sums:
-                sums[name].addmm_(x_ND.T, x_ND)
-            else:
-                sums[name] = x_ND.T @ x_ND
+            x_ND = args[0].detach().flatten(0, -2)
+            mask_N = reads.mask(module, args[0]).flatten()
+            tokens[name] += int(mask_N.sum())
+            if name not in sums:
+                width = x_ND.shape[1]
+                sums[name] = torch.zeros(width, width, dtype=dtype, device=x_ND.device)
+            (add or _add_products)(sums[name], x_ND, mask_N)
 
         return hook
 
@@ -208,6 +211,11 @@ def second_moments(
             )
         found[name] = Moment(matrix, count)
     return found
+
+
+def _add_products(sum_DD: torch.Tensor, x_ND: torch.Tensor, mask_N: torch.Tensor) -> None:
+    x_ND = x_ND[mask_N].to(sum_DD.dtype)
+    sum_DD.addmm_(x_ND.T, x_ND)
 
 
 class _Enough(Exception):

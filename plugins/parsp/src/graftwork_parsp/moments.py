@@ -10,6 +10,7 @@ import torch
 from graftwork import UserError
 from graftwork.distributed import rank_and_world, sum_over_ranks
 from graftwork.train.statistics import attended, second_moments
+from graftwork_kernels.second_moments import add_second_moments_
 from torch import nn
 
 from graftwork_parsp.neurons import Mlp, base_of
@@ -58,7 +59,7 @@ def collect(
                 fed.append(module)
     modules = {m.name: base.get_submodule(m.moment_at) for m in mlps} if moments == "full" else {}
     try:
-        found = second_moments(model, modules, pass_.watch(batches), also=fed)
+        found = second_moments(model, modules, pass_.watch(batches), also=fed, add=add_second_moments_)
     finally:
         for handle in handles:
             handle.remove()
