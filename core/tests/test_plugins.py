@@ -113,10 +113,15 @@ def test_a_plugin_that_raises_is_named_with_its_hook() -> None:
 
 
 def test_two_answers_where_one_is_allowed_name_both_plugins() -> None:
-    plugins = Plugins({"x": Terms("1"), "y": Terms("2")})
+    class Adapting:
+        @hookimpl
+        def adapter_config(self, run, model):
+            return "an adapter"
+
+    plugins = Plugins({"x": Adapting(), "y": Adapting()})
     with pytest.raises(UserError, match="plugins 'x' and 'y' cannot be combined") as caught:
-        plugins.call_one("loss_terms", "a thing", run=None, model=None)
-    assert "hook loss_terms" in str(caught.value)
+        plugins.call_one("adapter_config", run=None, model=None)
+    assert "a whole-model adapter (hook adapter_config)" in str(caught.value)
     assert "leave one of them out" in str(caught.value)
 
 

@@ -478,7 +478,7 @@ def test_the_hooks_that_a_server_does_not_know_are_all_of_generation() -> None:
 
     asked: list[str] = []
     spy = SimpleNamespace(
-        call_one=lambda hook, what, **_: asked.append(hook),
+        call_one=lambda hook, **_: asked.append(hook),
         call=lambda hook, **_: asked.append(hook) or [],
         implements=lambda hook: asked.append(hook) or [],
     )

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from graftwork import PairBatch, PairLoss, SelfPlay, memory
 from graftwork.compat.pair_trainer import PairTrainer
-from graftwork.log_probs import answer_log_probs, selected_log_probs
+from graftwork.log_probs import answer_log_probs
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job
 from graftwork.run import Run
@@ -26,6 +26,7 @@ from graftwork.testing.models import tiny_model, tiny_tokenizer
 from graftwork.train.algorithms import build_arguments
 from graftwork.train.compose import Composition, compose
 from graftwork.train.job import quiet_libraries
+from graftwork_kernels.selected_log_probs import selected_log_probs
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer
@@ -109,7 +110,8 @@ def build(
         )
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder, Job(model={"ref": "tiny"}, data={"source": "generated"}), Plugins.from_options({}))
-        trainer.begin(SelfPlay(SelfPlayOptions(), dpo), run, "dpo", 1)
+        play = SelfPlay(SelfPlayOptions(), dpo, token_log_probs=selected_log_probs)
+        trainer.begin(play, run, "dpo", 1)
         trainer.attach(Composition.collect(run, trainer.model))
     else:
         # With an adapter the reference is the model without it; with full weights it is a copy.
@@ -139,7 +141,8 @@ def with_references(model: Any, tokenizer: Any, rows: list[dict[str, str]], pair
         for name in ("chosen", "rejected"):
             batch = pad_batch([(row["prompt_ids"], row[f"{name}_ids"]) for row in some], 0)
             with torch.no_grad():
-                sums = answer_log_probs(model, batch, batch.pop("completion_mask"))
+                answers = batch.pop("completion_mask")
+                sums = answer_log_probs(model, batch, answers, token_log_probs=selected_log_probs)
             for row, value in zip(some, sums.tolist(), strict=True):
                 row[f"reference_{name}"] = [value]
     return Dataset.from_list(table)

@@ -219,20 +219,31 @@ def plugins() -> None:
 
 
 @plugins.command("list")
-def list_plugins() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table of packages.")
+def list_plugins(as_json: bool, markdown: bool) -> None:
     """List installed plugins; imports none of them."""
     from graftwork.commands.ecosystem import list_plugins
 
-    list_plugins()
+    list_plugins(as_json, markdown)
 
 
 @plugins.command("show")
 @click.argument("name")
-def show_plugin(name: str) -> None:
-    """Show a plugin's options, hooks and recipes."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show_plugin(name: str, as_json: bool) -> None:
+    """Show a plugin's options, hooks, recipes and claims, and what it cannot be combined with."""
     from graftwork.commands.ecosystem import show_plugin
 
-    show_plugin(name)
+    show_plugin(name, as_json)
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors, with the options of installed plugins."""
+    from graftwork.commands.ecosystem import recipe_schema
+
+    recipe_schema()
 
 
 def main(arguments: list[str] | None = None) -> None:

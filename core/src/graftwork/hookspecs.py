@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from graftwork.data.layouts import Layout
     from graftwork.data.tasks import Task
     from graftwork.evaluate.benchmarks import Evaluation
+    from graftwork.log_probs import TokenLogProbs
     from graftwork.merge.transform import Merging
     from graftwork.run import Run
     from graftwork.self_play.options import SelfPlayOptions
@@ -57,6 +58,13 @@ if TYPE_CHECKING:
 
 PROJECT = "graftwork"
 ENTRY_POINT_GROUP = "graftwork.plugins"
+EXCLUSIVE = {
+    "adapter_config": "a whole-model adapter",
+    "training_algorithm": "a training algorithm",
+    "self_play": "a way of self-play",
+    "combiner": "a combiner of two prompts",
+}
+"""Hooks of which a run has only one, and what they bring."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -186,6 +194,8 @@ class SelfPlay:
             where None, the target is paired with every sample.
         inspect: from the players' log-probabilities of the chosen and the rejected answers (N x J each) to
             sentences for the user; called once before each iteration's training.
+        token_log_probs: of tokens from hidden states and the head's weight, in training and scoring, such as
+            ``graftwork_kernels.selected_log_probs``; where None, TRL's head or the logits.
     """
 
     options: SelfPlayOptions
@@ -198,6 +208,7 @@ class SelfPlay:
         Callable[[Sequence[int], Sequence[Sample]], Sequence[tuple[Sequence[int], Sequence[int]]]] | None
     ) = None
     inspect: Callable[[torch.Tensor, torch.Tensor], Sequence[str]] | None = None
+    token_log_probs: TokenLogProbs | None = None
 
 
 @dataclass(frozen=True)

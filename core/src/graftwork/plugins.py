@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from graftwork.errors import PluginError, UserError, did_you_mean
-from graftwork.hookspecs import ENTRY_POINT_GROUP, PROJECT, GraftworkHooks
+from graftwork.hookspecs import ENTRY_POINT_GROUP, EXCLUSIVE, PROJECT, GraftworkHooks
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -174,8 +174,8 @@ class Plugins:
             raise PluginError(name, hook, error) from error
         return results[0] if results else None
 
-    def call_one(self, hook: str, what: str, **arguments: Any) -> tuple[str, Any] | None:
-        """Call a hook of which only one plugin may return something (``what``, in words).
+    def call_one(self, hook: str, **arguments: Any) -> tuple[str, Any] | None:
+        """Call a hook of which only one plugin may return something; see ``EXCLUSIVE``.
 
         Raises:
             UserError: two plugins both returned one; the message names both, the hook, the way out.
@@ -184,7 +184,7 @@ class Plugins:
         if len(results) > 1:
             first, second = results[0][0], results[1][0]
             raise UserError(
-                f"plugins '{first}' and '{second}' cannot be combined: each brings {what} "
+                f"plugins '{first}' and '{second}' cannot be combined: each brings {EXCLUSIVE[hook]} "
                 f"(hook {hook}) and a run has only one; leave one of them out"
             )
         return results[0] if results else None

@@ -2,56 +2,110 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
 import click
 
-from graftwork.plugins import discover, find, load_class, options_class
-
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+from graftwork.plugins import discover
 
 
-def list_plugins() -> None:
+def list_plugins(as_json: bool, markdown: bool) -> None:
     """Print one line per installed plugin, from metadata alone."""
     found = discover()
+    if as_json:
+        rows = [
+            {"name": info.name, "package": info.distribution, "version": info.version}
+            for info in found.values()
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
     if not found:
         click.echo("no plugins are installed; for example: pip install graftwork-cl-baselines")
         return
-    rows = [("PLUGIN", "PACKAGE", "VERSION")]
-    rows += [(info.name, info.distribution, info.version) for info in found.values()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
+    if markdown:
+        from graftwork.card import packages_table
+
+        click.echo(packages_table(found, Path()))
+        return
+    table = [("PLUGIN", "PACKAGE", "VERSION")]
+    table += [(info.name, info.distribution, info.version) for info in found.values()]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for row in table:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def show_plugin(name: str) -> None:
-    """Print a plugin's package, summary, hooks, options and recipes."""
-    from graftwork.hookspecs import GraftworkHooks
-    from graftwork.recipes import shipped
+def show_plugin(name: str, as_json: bool) -> None:
+    """Print a plugin's package, summary, hooks, options, recipes with their claims, provenance and conflicts."""
+    from graftwork.card import card
 
-    info = find(name)
-    plugin_class = load_class(name)
-    click.echo(f"{name}  ({info.distribution} {info.version}, {info.entry_point.value})")
-    summary = (plugin_class.__doc__ or "").strip().splitlines()
-    if summary:
-        click.echo(f"  {summary[0]}")
-    hooks = [
-        hook for hook in vars(GraftworkHooks) if not hook.startswith("_") and hasattr(plugin_class, hook)
-    ]
-    click.echo(f"\nhooks:   {', '.join(hooks) or 'none'}")
-    recipes = [f"{name}:{recipe}" for recipe in shipped(info)]
-    click.echo(f"recipes: {', '.join(recipes) or 'none'}")
-    fields = options_class(plugin_class).model_fields
-    click.echo("\noptions:" if fields else "\noptions: none")
-    rows = []
-    for field, details in fields.items():
-        default = details.get_default(call_default_factory=True)
-        shown = "required" if details.is_required() else repr(default)
-        bounds = ", ".join(
-            f"{sign} {getattr(bound, name)}"
-            for bound in details.metadata
-            for name, sign in _BOUNDS.items()
-            if hasattr(bound, name)
-        )
-        rows.append((field, shown, (details.description or "") + (f"  [{bounds}]" if bounds else "")))
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
-    for field, shown, about in rows:
-        click.echo(f"  {field.ljust(widths[0])}  {shown.ljust(widths[1])}  {about}".rstrip())
+    found = card(name)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, default=str))
+        return
+    click.echo(f"{name}  ({found['package']} {found['version']})")
+    if found["summary"]:
+        click.echo(f"  {found['summary']}")
+    click.echo(f"\nhooks:   {', '.join(found['hooks']) or 'none'}")
+    click.echo(f"recipes: {', '.join(recipe['name'] for recipe in found['recipes']) or 'none'}")
+    for conflict in found["conflicts"]:
+        _wrapped(f"a run has one {conflict['what']} ({conflict['hook']}), so not with: ", conflict["with"])
+    click.echo("\noptions:" if found["options"] else "\noptions: none")
+    _options(found["options"])
+    for recipe in found["recipes"]:
+        _claims(recipe)
+    if found["provenance"]:
+        click.echo("\nwhere it comes from:")
+        for row in found["provenance"]:
+            click.echo(
+                textwrap.fill(
+                    f"{row['part']}: {row['source']}", _width(), initial_indent="  ", subsequent_indent="    "
+                )
+            )
+
+
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, with the options of all installed plugins."""
+    from graftwork.schema import schema
+
+    click.echo(json.dumps(schema(), indent=2, default=str))
+
+
+def _options(rows: list[dict[str, Any]]) -> None:
+    """Print options, each with its help below it where the line would be too long."""
+    names = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        default = "required" if row["required"] else f"= {_plain(row['default'])}"
+        bounds = f"  [{row['bounds']}]" if row["bounds"] else ""
+        click.echo(f"  {row['name'].ljust(names)}  {row['type']}  {default}{bounds}")
+        if row["help"]:
+            indent = " " * (names + 4)
+            click.echo(textwrap.fill(row["help"], _width(), initial_indent=indent, subsequent_indent=indent))
+
+
+def _claims(recipe: dict[str, Any]) -> None:
+    """Print what a recipe expects, and what its last run here found."""
+    if not recipe["expect"]:
+        return
+    last = recipe["last"]
+    verdicts = {one["text"]: one for one in last["expect"]} if last else {}
+    when = f"last run here: size {last['size'] or 'only one'}" if last else "not run here"
+    click.echo(f"\n{recipe['name']}  {recipe['title']}  ({when})")
+    for text in recipe["expect"]:
+        verdict = verdicts.get(text)
+        click.echo(f"  {(verdict['verdict'] if verdict else '').ljust(12)}  {text}".rstrip())
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _wrapped(head: str, names: list[str]) -> None:
+    click.echo(textwrap.fill(head + ", ".join(names), _width(), subsequent_indent="  "))
+
+
+def _width() -> int:
+    return min(120, shutil.get_terminal_size().columns)

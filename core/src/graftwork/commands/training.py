@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from graftwork import expect
+from graftwork.card import keep_result
 from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
@@ -77,7 +78,9 @@ def run(
     path = locate(recipe)
     expanded = expand(read(path), size=size, sets=sets, plugins=plugins, steps=steps)
     name = recipe.replace(":", "-") if not Path(recipe).exists() else path.stem
-    return _execute(expanded, name, output, resume, allow_other_versions, dry_run, gpus)
+    # What was overridden says nothing about the recipe as it is shipped.
+    shipped = None if Path(recipe).exists() or sets or plugins or steps else path
+    return _execute(expanded, name, output, resume, allow_other_versions, dry_run, gpus, shipped)
 
 
 def report(directory: str, markdown: bool) -> None:
@@ -100,7 +103,9 @@ def _execute(
     allow_other_versions: bool,
     dry_run: bool,
     gpus: int | None,
+    shipped: Path | None = None,
 ) -> int:
+    """Run all jobs of a recipe; ``shipped`` is its file where a plugin ships it and it is run as it is."""
     if gpus is not None and not dry_run:
         raise UserError(
             f"--gpus {gpus} is what --dry-run counts with; start a run on several GPUs with torchrun "
@@ -145,6 +150,8 @@ def _execute(
         return 0
     results = _results(recipe, jobs, [expect.judge(claim, jobs) for claim in claims])
     write_json_atomic(root / RESULTS, results)
+    if shipped is not None:
+        keep_result(shipped, results, root)
     if output is None:
         _point_last(root)
     _tables(results)

@@ -69,7 +69,7 @@ class Decoding:
             UserError: two plugins bring a combiner.
         """
         plugins = run.plugins
-        found = plugins.call_one("combiner", "a combiner of two prompts", run=run, model=model)
+        found = plugins.call_one("combiner", run=run, model=model)
 
         def callback(name: str) -> BeforeForward:
             def before(coming: ForwardPass) -> None:

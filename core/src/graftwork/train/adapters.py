@@ -37,7 +37,7 @@ def choose(run: Run, model: PreTrainedModel) -> Adapter | None:
     Raises:
         UserError: two plugins, or a plugin and the recipe, both bring one; a field PEFT does not know.
     """
-    found = run.plugins.call_one("adapter_config", "a whole-model adapter", run=run, model=model)
+    found = run.plugins.call_one("adapter_config", run=run, model=model)
     written = run.job.adapter
     if found and written:
         raise UserError(

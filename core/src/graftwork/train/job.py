@@ -95,7 +95,7 @@ def _self_play(
     items = held_out_items(run.job, task, tokenizer)
     iterations = iterations_of(task, play.options.iterations)
     check_per_task(run.job.per_task, [one.name for one in iterations])
-    scorer = scorer_for(run, tokenizer, run.job.train)
+    scorer = scorer_for(run, tokenizer, run.job.train, play)
     held_out = HeldOut(run, iterations, tokenizer, console, items, scorer)
     return lambda spec: SelfPlayStream(spec, run, plan, iterations, play=play, owner=owner, held_out=held_out)
 
@@ -164,8 +164,8 @@ class Plan:
     def make(cls, run: Run) -> Plan:
         """Resolve everything and refuse what cannot work, on a model without weights."""
         run.plugins.call("check", run=run)
-        from_plugin = run.plugins.call_one("training_algorithm", "a training algorithm", run=run)
-        play = run.plugins.call_one("self_play", "a way of self-play", run=run)
+        from_plugin = run.plugins.call_one("training_algorithm", run=run)
+        play = run.plugins.call_one("self_play", run=run)
         if play and from_plugin:
             raise UserError(
                 f"plugins '{play[0]}' and '{from_plugin[0]}' cannot be combined: the one learns by self-play "

@@ -64,7 +64,7 @@ class TransformOptions(BaseModel):
         description="DeepSpeed config with ZeRO-3: layers are gathered from it instead of read from files",
     )
 
-    @field_validator("evaluation", mode="before")
+    @field_validator("evaluation", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
