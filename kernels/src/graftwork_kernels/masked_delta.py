@@ -9,6 +9,7 @@ Legend: R rows, C columns, W = ceil(C / 32) words a row.
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
@@ -18,6 +19,9 @@ from graftwork_kernels.dispatch import fused
 
 WORD = 32
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 1 << 16
+"""Entries that the PyTorch paths compute together."""
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 # Eight bools are the bytes of one integer; by this factor their bits meet in its highest byte, the first bool lowest.
 _GATHER = 0x0102040810204080
 
@@ -116,10 +120,16 @@ def _bits(words_RW: torch.Tensor, columns: int) -> torch.Tensor:
     """Unpack by a table: a byte of bits is eight bytes of bools, which are one integer."""
     if sys.byteorder == "big" or not words_RW.numel():
         return unpack_mask_reference(words_RW, columns)
-    bits_BP = (torch.arange(256).unsqueeze(-1) >> torch.arange(8)) & 1
-    table_B = bits_BP.to(torch.uint8).view(torch.int64).flatten().to(words_RW.device)
     octets = words_RW.contiguous().view(torch.uint8)
-    return table_B[octets.int()].view(torch.bool)[:, :columns]
+    table_B = _table(words_RW.device)
+    return table_B.index_select(0, octets.flatten().int()).view(torch.bool).view(len(octets), -1)[:, :columns]
+
+
+@functools.cache
+def _table(device: torch.device) -> torch.Tensor:
+    """Return the bools of every byte, as one integer each."""
+    bits_BP = (torch.arange(256).unsqueeze(-1) >> torch.arange(8)) & 1
+    return bits_BP.to(torch.uint8).view(torch.int64).flatten().to(device)
 
 
 # ------------------------------------------------------------ base + mask * vector
@@ -181,18 +191,39 @@ def _masked(
         from graftwork_kernels.masked_delta_triton import add
 
         return add(base_RC.contiguous(), delta_RC.contiguous(), words_RW.contiguous(), scale)
-    return added(base_RC, delta_RC, _bits(words_RW, base_RC.shape[1]), scale)
+    return plain(base_RC, delta_RC, words_RW, scale)
 
 
-def added(base_RC: torch.Tensor, delta_RC: torch.Tensor, mask_RC: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return base plus what a bool mask keeps of a difference; the PyTorch path of :func:`masked_delta`."""
+def plain(
+    base_RC: torch.Tensor, delta_RC: torch.Tensor, words_RW: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return what :func:`masked_delta` does, by PyTorch.
+
+    A few rows at a time, so that what is computed on the way stays in a cache.
+    """
+    rows, columns = base_RC.shape
     exact = torch.float64 if base_RC.dtype == torch.float64 else torch.float32
-    added_RC = torch.where(mask_RC, delta_RC.to(exact), 0.0)
-    if scale != 1:
-        added_RC *= scale
-    nothing_RC = added_RC == 0
-    # Sums of two dtypes are taken in the wider one, without a copy of the base in it.
-    return torch.where(nothing_RC, base_RC, added_RC.add_(base_RC).to(base_RC.dtype))
+    step = max(1, CHUNK // max(1, columns))
+    out = torch.empty_like(base_RC, memory_format=torch.contiguous_format)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        more = delta_RC[part].to(exact)
+        if scale != 1:
+            more = more * scale
+        # What is added where nothing is, or where a zero is, is a negative zero: it leaves every number as it is.
+        bits = more.view(INTEGERS[exact.itemsize])
+        lowest = torch.iinfo(bits.dtype).min
+        stays = spread(_bits(words_RW[part], columns), bits.dtype)
+        stays &= (bits | -bits) >> (8 * exact.itemsize - 1)
+        more = ((bits ^ lowest) & stays).bitwise_xor_(lowest).view(exact)
+        # A sum of two dtypes is taken in the wider one, without a copy of the base in it.
+        out[part] = more.add_(base_RC[part])
+    return out
+
+
+def spread(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return integers that are all ones where a bool mask is true: PyTorch chooses by bits faster than by bools."""
+    return mask.view(torch.uint8).to(dtype).neg_()
 
 
 @_masked.register_fake

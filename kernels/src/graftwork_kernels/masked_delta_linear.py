@@ -12,10 +12,9 @@ from torch.nn.functional import linear
 from graftwork_kernels.dispatch import fused
 from graftwork_kernels.masked_delta import (
     FLOATS,
-    added,
     check_operands,
     masked_delta_reference,
-    unpack_mask,
+    plain,
     words_of,
 )
 
@@ -217,9 +216,8 @@ def _by_route(
             )
         rebuilt_OI = weight_OI
         if route != BASE:
-            mask_OI = unpack_mask(words_KOW[route], weight_OI.shape[1])
             scale = 1.0 if scales_K is None else float(scales_K[route])
-            rebuilt_OI = added(weight_OI, delta_OI, mask_OI, scale)
+            rebuilt_OI = plain(weight_OI, delta_OI, words_KOW[route], scale)
         rebuilt_OI = rebuilt_OI.to(rows_TX.dtype)
         factor = rebuilt_OI.t() if transposed else rebuilt_OI
         if len(used) == 1:

@@ -5,6 +5,9 @@ and bits, so weights cost 4 + 1/8 bytes an entry in bfloat16 and no memory. Whic
 device, so nothing waits. Block sizes are chosen by the number of tokens and the dtype, not tuned at run time.
 """
 
+# Arguments and options of kernels are Triton's own language.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any

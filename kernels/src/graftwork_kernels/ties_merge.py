@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from graftwork_kernels.dispatch import fused
-from graftwork_kernels.masked_delta import FLOATS
+from graftwork_kernels.masked_delta import CHUNK, FLOATS, INTEGERS, spread
 
 How = Literal["mean", "sum", "max"]
 HOWS: tuple[How, ...] = ("mean", "sum", "max")
@@ -98,7 +98,12 @@ def _merge(deltas: torch.Tensor, thresholds: Sequence[float], ends: Sequence[int
 
         found_P = merge(flat_NP.contiguous(), thresholds, ends, how)
     else:
-        found_P = _plain(flat_NP, thresholds, ends, how)
+        # A part at a time, so that what is computed on the way stays in a cache.
+        parts = [
+            _plain(flat_NP[:, at : at + CHUNK], thresholds, [end - at for end in ends], how)
+            for at in range(0, flat_NP.shape[1], CHUNK)
+        ]
+        found_P = torch.cat(parts)
     return found_P.view(deltas.shape[1:])
 
 
@@ -108,7 +113,7 @@ def _(deltas: torch.Tensor, thresholds: Sequence[float], ends: Sequence[int], ho
 
 
 def _plain(flat_NP: torch.Tensor, thresholds: Sequence[float], ends: Sequence[int], how: str) -> torch.Tensor:
-    """Merge vector by vector, as few passes over memory as PyTorch allows."""
+    """Merge vector by vector, in as few passes as PyTorch allows."""
     kept = list(flat_NP)
     if thresholds:
         limits = ends or [flat_NP.shape[1]] * len(kept)
@@ -117,20 +122,20 @@ def _plain(flat_NP: torch.Tensor, thresholds: Sequence[float], ends: Sequence[in
     for kept_P in kept:
         total_P += kept_P
     sign_P = total_P.sign().to(flat_NP.dtype)
-    if how == "max":
-        best_P = torch.zeros_like(sign_P)
-        for kept_P in kept:
-            torch.maximum(best_P, kept_P * sign_P, out=best_P)
-        # Elsewhere zeros may have become negative ones.
-        return torch.where(sign_P == 0, 0.0, best_P * sign_P)
     # Times the sign, what agrees is positive; sums round alike on both sides of 0.
+    if how == "max":
+        found_P = torch.zeros_like(sign_P)
+        for kept_P in kept:
+            torch.maximum(found_P, kept_P * sign_P, out=found_P)
+        # Zeros may have become negative ones.
+        return (found_P * sign_P).add_(0.0)
     found_P = total_P.zero_()
-    number_P = torch.zeros_like(sign_P)
+    number_P = torch.zeros_like(found_P)
     for kept_P in kept:
         agreeing_P = (kept_P * sign_P).clamp_min_(0)
         found_P += agreeing_P
         if how == "mean":
-            number_P += agreeing_P > 0
+            number_P += agreeing_P.sign_()
     if how == "mean":
         found_P /= number_P.clamp_min_(1)
     return found_P.to(flat_NP.dtype) * sign_P
@@ -147,4 +152,5 @@ def _trimmed(delta_P: torch.Tensor, threshold: float, end: int) -> torch.Tensor:
         kept_P = size_P > threshold
         if end > 0:
             kept_P[:end] |= size_P[:end] == threshold
-    return torch.where(kept_P, delta_P, 0.0)
+    bits_P = spread(kept_P, INTEGERS[delta_P.dtype.itemsize])
+    return bits_P.bitwise_and_(delta_P.view(bits_P.dtype)).view(delta_P.dtype)

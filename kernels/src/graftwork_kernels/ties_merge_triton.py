@@ -3,6 +3,9 @@
 Both sides of 0 are summed while the sign is not known yet. Memory-bound: N + 1 entries move per entry of the result.
 """
 
+# Arguments and options of kernels are Triton's own language.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
