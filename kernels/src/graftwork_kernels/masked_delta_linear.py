@@ -146,7 +146,7 @@ def _(
 
 def _save(
     ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[torch.Tensor | None, ...],
+    inputs: tuple[torch.Tensor, ...],
     output: torch.Tensor,
 ) -> None:
     ctx.save_for_backward(*inputs[1:])

@@ -85,31 +85,37 @@ def ties_merge(
     for name, given in (("thresholds", thresholds), ("ends", ends)):
         if given is not None and len(given) != count:
             raise ValueError(f"there are {count} vectors and {len(given)} {name}; give one for each")
-    return _merge(deltas.detach(), list(thresholds or ()), list(ends or ()), how)
+    given = (deltas.detach(), list(thresholds or ()), list(ends or ()), how)
+    # Where nothing is traced, calling an op takes longer than a small merge.
+    return _merge(*given) if torch.compiler.is_compiling() or fused(deltas) else _by_parts(*given)
 
 
 @torch.library.custom_op("graftwork::ties_merge", mutates_args=())
 def _merge(deltas: torch.Tensor, thresholds: Sequence[float], ends: Sequence[int], how: str) -> torch.Tensor:
+    if not fused(deltas):
+        return _by_parts(deltas, thresholds, ends, how)
     if not deltas.numel():
         return deltas.new_empty(deltas.shape[1:])
-    flat_NP = deltas.flatten(1)
-    if fused(deltas):
-        from graftwork_kernels.ties_merge_triton import merge
+    from graftwork_kernels.ties_merge_triton import merge
 
-        found_P = merge(flat_NP.contiguous(), thresholds, ends, how)
-    else:
-        # A part at a time, so that what is computed on the way stays in a cache.
-        parts = [
-            _plain(flat_NP[:, at : at + CHUNK], thresholds, [end - at for end in ends], how)
-            for at in range(0, flat_NP.shape[1], CHUNK)
-        ]
-        found_P = torch.cat(parts)
-    return found_P.view(deltas.shape[1:])
+    return merge(deltas.flatten(1).contiguous(), thresholds, ends, how).view(deltas.shape[1:])
 
 
 @_merge.register_fake
 def _(deltas: torch.Tensor, thresholds: Sequence[float], ends: Sequence[int], how: str) -> torch.Tensor:
     return deltas.new_empty(deltas.shape[1:])
+
+
+def _by_parts(
+    deltas: torch.Tensor, thresholds: Sequence[float], ends: Sequence[int], how: str
+) -> torch.Tensor:
+    """Merge a part at a time, so that what is computed on the way stays in a cache."""
+    flat_NP = deltas.flatten(1)
+    parts = [
+        _plain(flat_NP[:, at : at + CHUNK], thresholds, [end - at for end in ends], how)
+        for at in range(0, max(1, flat_NP.shape[1]), CHUNK)
+    ]
+    return torch.cat(parts).view(deltas.shape[1:])
 
 
 def _plain(flat_NP: torch.Tensor, thresholds: Sequence[float], ends: Sequence[int], how: str) -> torch.Tensor:
