@@ -109,6 +109,7 @@ def _of(tensor: torch.Tensor) -> str:
 
 if dispatch.HAS_TRITON:
     from graftwork_kernels import gated_low_rank_triton as kernels
+    from graftwork_kernels.region_update_triton import mixed_product
 
     @torch.library.custom_op("graftwork::gated_low_rank", mutates_args=())
     def _op(
@@ -145,7 +146,7 @@ if dispatch.HAS_TRITON:
             scale,
             needs_gate,
         )
-        of_b = grad_TO.to(b.dtype).T @ gated_TR * scale
+        of_b = mixed_product(grad_TO.T, gated_TR, b.dtype) * scale
         return of_u.view(u.shape), of_b, b.new_empty(0, dtype=torch.float32) if of_gate is None else of_gate
 
     @_backward_op.register_fake
