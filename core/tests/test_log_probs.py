@@ -1,4 +1,4 @@
-"""Log-probabilities of answers against log-softmax in float64, however they are made, and what is never made."""
+"""Log-probabilities of answers against the model's own logits, however they are made, and what is never made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 from graftwork import log_probs
 from graftwork.compat.fused_head import has_fused_head
-from graftwork.log_probs import answer_log_probs, how, selected_log_probs
 from graftwork.testing.models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,148 +25,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 KINDS = ["llama", "gpt2", "qwen2", "mistral"]
-# Too small for one row of any vocabulary here: a row at a time.
-ONE_ROW = 1
 
 
-def exact(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None
+def plain(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    table = F.log_softmax(F.linear(hidden, weight, bias), -1)
-    return table[torch.arange(len(labels)), labels]
+    """The definition, in place of the arithmetic that a caller brings."""
+    table = F.log_softmax(F.linear(hidden, weight, bias), -1, dtype=torch.float32)
+    return table.gather(1, labels[:, None]).squeeze(1)
 
 
-def problem(
-    n: int, d: int, v: int, *, bias: bool = False, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Return [hidden, weight(, bias)], labels and a gradient to begin with."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    tensors = [draw(n, d) * 2, draw(v, d), *([draw(v)] if bias else [])]
-    return tensors, torch.randint(v, (n,), generator=generator), draw(n)
+def answer_log_probs(model: Any, batch: Any, answers: torch.Tensor) -> torch.Tensor:
+    return log_probs.answer_log_probs(model, batch, answers, token_log_probs=plain)
 
 
-def with_gradients(
-    function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], labels: torch.Tensor, start: Any
-) -> list[torch.Tensor]:
-    """Return the values, then the gradient of every tensor that trains."""
-    leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
-    values = function(*leaves[:2], labels, *leaves[2:])
-    values.backward(start.to(values.dtype))
-    return [values.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
-@given(
-    n=st.integers(1, 9),
-    d=st.integers(1, 5),
-    v=st.integers(1, 11),
-    rows=st.integers(1, 10),
-    trains=st.lists(st.booleans(), min_size=2, max_size=3),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
-)
-@settings(max_examples=80, deadline=None)
-def test_values_and_gradients_are_those_of_log_softmax(
-    n: int, d: int, v: int, rows: int, trains: list[bool], dtype: torch.dtype
-) -> None:
-    trains = trains if any(trains) else [True, *trains[1:]]
-    tensors, labels, start = problem(n, d, v, bias=len(trains) == 3, seed=n + 10 * d)
-    for tensor, train in zip(tensors, trains, strict=True):
-        tensor.requires_grad_(train)
-    expected = with_gradients(exact, tensors, labels, start)
-    given_ = [tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in tensors]
-    found = with_gradients(
-        lambda *args: selected_log_probs(*args, chunk_bytes=4 * v * rows), given_, labels, start
-    )
-    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == dtype
-        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("trains", [(True, False), (False, True), (True, True), (True, True, True)])
-def test_gradcheck(trains: tuple[bool, ...]) -> None:
-    tensors, labels, _ = problem(5, 3, 7, bias=len(trains) == 3)
-    for tensor, train in zip(tensors, trains, strict=True):
-        tensor.requires_grad_(train)
-    # Two rows at a time, and one is left over.
-    assert torch.autograd.gradcheck(
-        lambda hidden, weight, *bias: selected_log_probs(
-            hidden, weight, labels, *bias, chunk_bytes=2 * 4 * 7
-        ),
-        tensors,
-    )
-
-
-def test_large_logits_do_not_overflow() -> None:
-    (hidden, weight), labels, start = problem(6, 4, 9, dtype=torch.float32)
-    hidden = (hidden * 1e3).requires_grad_()
-    expected = with_gradients(
-        exact, [hidden.detach().double().requires_grad_(), weight.double()], labels, start
-    )
-    found = with_gradients(selected_log_probs, [hidden, weight], labels, start)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-3)
-
-
-@pytest.mark.parametrize("trains", [(True, False), (True, True)])
-def test_no_rows_keep_the_graph_and_give_zero_gradients(trains: tuple[bool, bool]) -> None:
-    (hidden, weight), labels, _ = problem(0, 3, 5)
-    hidden.requires_grad_(), weight.requires_grad_(trains[1])
-    found = selected_log_probs(hidden, weight, labels)
-    assert found.shape == (0,)
-    (found.sum() + 0.0).backward()
-    assert hidden.grad is not None
-    assert hidden.grad.shape == (0, 3)
-    assert not trains[1] or torch.equal(weight.grad, torch.zeros_like(weight))
-
-
-def test_what_is_not_contiguous() -> None:
-    (hidden, weight), labels, start = problem(6, 4, 9)
-    turned = hidden.T.contiguous().T.requires_grad_(), weight.T.contiguous().T, labels
-    assert not turned[0].is_contiguous()
-    found = selected_log_probs(*turned, chunk_bytes=ONE_ROW)
-    found.backward(start[:1].expand(6))
-    expected = with_gradients(exact, [hidden.requires_grad_(), weight], labels, start[:1].expand(6))
-    torch.testing.assert_close(found.detach(), expected[0])
-    torch.testing.assert_close(turned[0].grad, expected[1])
-
-
-@pytest.mark.parametrize("trains", [False, True])
-def test_bfloat16_is_off_by_the_rounding_of_the_logits_and_no_more(trains: bool) -> None:
-    tensors, labels, start = problem(40, 16, 300, dtype=torch.bfloat16)
-    hidden, weight = tensors[0].requires_grad_(), tensors[1].requires_grad_(trains)
-    precise = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (hidden, weight)]
-    expected = with_gradients(exact, precise, labels, start.double())
-    found = with_gradients(selected_log_probs, [hidden, weight], labels, start)
-    largest = (precise[0] @ precise[1].T).abs().amax(1)
-    assert found[0].dtype == torch.float32
-    assert ((found[0] - expected[0]).abs() <= 2 * 2**-9 * largest + 1e-5).all()
-    for one, other in zip(found[1:], expected[1:], strict=True):
-        assert one.dtype == torch.bfloat16
-        assert (one.double() - other).norm() < 0.02 * other.norm()
-
-
-@pytest.mark.parametrize("trains", [False, True])
-def test_autocast_is_the_same_as_inputs_of_its_dtype(trains: bool) -> None:
-    tensors, labels, start = problem(7, 4, 30, bias=True, dtype=torch.float32)
-    # Numbers that bf16 holds, so that only the products can differ.
-    tensors = [tensor.bfloat16().float() for tensor in tensors]
-    tensors[0].requires_grad_(), tensors[1].requires_grad_(trains)
-    low = [tensor.detach().bfloat16().requires_grad_(tensor.requires_grad) for tensor in tensors]
-
-    def under_autocast(*args: Any) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return selected_log_probs(*args)
-
-    found = with_gradients(under_autocast, tensors, labels, start)
-    expected = with_gradients(selected_log_probs, low, labels, start)
-    assert torch.equal(found[0], expected[0])
-    for one, other in zip(found[1:], expected[1:], strict=True):
-        assert one.dtype == torch.float32
-        assert torch.equal(one.bfloat16(), other)
+def how(model: Any) -> str:
+    return log_probs.how(model, token_log_probs=plain)
 
 
 class Largest(TorchDispatchMode):
@@ -181,39 +54,6 @@ class Largest(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self.elements = max(self.elements, value.numel())
         return result
-
-
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_is_larger_than_a_chunk_or_the_inputs(trains: bool, dtype: torch.dtype) -> None:
-    (hidden, weight), labels, start = problem(200, 3, 50, dtype=dtype)
-    hidden.requires_grad_(), weight.requires_grad_(trains)
-    with Largest() as seen:
-        selected_log_probs(hidden, weight, labels, chunk_bytes=13 * 4 * 50).backward(start.float())
-    assert seen.elements == 13 * 50 > weight.numel()
-    with Largest() as seen:
-        exact(hidden, weight, labels).backward(start)
-    assert seen.elements == 200 * 50
-
-
-def test_without_gradients_nothing_is_made_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    (hidden, weight), labels, _ = problem(6, 4, 9)
-    hidden.requires_grad_()
-    expected = selected_log_probs(hidden, weight, labels)
-    monkeypatch.setattr(log_probs._Chunks, "times_weight", None)
-    with torch.no_grad():
-        found = selected_log_probs(hidden, weight, labels)
-    assert not found.requires_grad
-    assert torch.equal(found, expected)
-    assert torch.equal(selected_log_probs(hidden.detach(), weight, labels), expected)
-
-
-def test_the_frozen_head_has_no_second_product_with_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    (hidden, weight), labels, start = problem(6, 4, 9)
-    found = selected_log_probs(hidden.requires_grad_(), weight, labels)
-    monkeypatch.setattr(log_probs, "_Chunks", None)
-    found.backward(start)
-    assert hidden.grad is not None
 
 
 # Rows of prompt and answer: how long the prompt is, and the answer.
@@ -261,7 +101,7 @@ def gradients(model: Any, sums: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_like_the_logits(model: Any, *, left: bool, atol: float = 2e-5, way: str = "chunked") -> None:
+def assert_like_the_logits(model: Any, *, left: bool, atol: float = 2e-5, way: str = "hidden") -> None:
     """Assert sums and gradients against the logits, in the first call of a model and in the second."""
     expected = expected_sums(model, ROWS)
     wanted = gradients(model, expected)
@@ -388,27 +228,29 @@ def test_the_head_computes_one_row_each_the_first_time_and_then_none() -> None:
     assert counted == [len(ROWS), 0, 0]
 
 
-def test_no_logits_of_the_batch_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [(4, 60)] * 8
+def test_no_logits_of_the_batch_are_made() -> None:
     model = tiny_model(vocab_size=5000)
-    batch, answers = pairs(rows, left=False)
-    monkeypatch.setattr(
-        log_probs,
-        "selected_log_probs",
-        lambda *args: selected_log_probs(*args, chunk_bytes=4 * 5000 * 40),
-    )
-    answer_log_probs(model, batch, answers).sum().backward()
+    batch, answers = pairs([(4, 60)] * 8, left=False)
+
+    def chosen(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: Any) -> torch.Tensor:
+        assert hidden.shape == (8 * 60, weight.shape[1])
+        return (hidden * weight[labels]).sum(1)
+
+    for _ in range(2):
+        with Largest() as seen:
+            sums = log_probs.answer_log_probs(model, batch, answers, token_log_probs=chosen)
+            sums.sum().backward()
+    assert seen.elements <= model.get_output_embeddings().weight.numel()
     with Largest() as seen:
-        answer_log_probs(model, batch, answers).sum().backward()
-    assert seen.elements == 40 * 5000
-    assert seen.elements < 8 * 60 * 5000 // 10
+        log_probs.answer_log_probs(model, batch, answers)
+    assert seen.elements >= 8 * 60 * 5000
 
 
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
-def test_no_hook_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hook_stays_behind() -> None:
     model = tiny_model()
     batch, answers = pairs(ROWS, left=False)
     before = hooks(model)
@@ -419,11 +261,10 @@ def test_no_hook_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         assert hooks(model) > before
         raise ValueError("stop")
 
-    monkeypatch.setattr(log_probs, "selected_log_probs", fail)
     for other in (model, tiny_model()):
         model = other
         with pytest.raises(ValueError, match="stop"):
-            answer_log_probs(model, batch, answers)
+            log_probs.answer_log_probs(model, batch, answers, token_log_probs=fail)
         assert hooks(model) == before
 
 
@@ -477,7 +318,7 @@ def test_a_change_that_nobody_knows_is_seen_in_the_first_call(fused: bool) -> No
     model.__class__ = Masked
     if fused:
         add_fused_lm_head(model)
-    assert how(model) == "chunked"
+    assert how(model) == "hidden"
     assert_like_the_logits(model, left=False, way="logits")
 
 
@@ -500,7 +341,7 @@ def test_weights_that_are_no_numbers_give_no_numbers() -> None:
     batch, answers = pairs(ROWS[:3], left=False)
     for _ in range(2):
         assert answer_log_probs(model, batch, answers).isnan().all()
-        assert how(model) == "chunked"
+        assert how(model) == "hidden"
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -512,20 +353,20 @@ def test_all_ways_agree(monkeypatch: pytest.MonkeyPatch, left: bool, adapter: bo
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
     batch, answers = pairs(ROWS, left=left)
     sums, made = {}, {}
-    for way in ("chunked", "fused", "logits"):
-        monkeypatch.setattr(log_probs, "how", lambda model, bare=None, way=way: way)
+    for way in ("hidden", "fused", "logits"):
+        monkeypatch.setattr(log_probs, "how", lambda model, way=way, **_: way)
         sums[way] = answer_log_probs(model, batch, answers)
         made[way] = gradients(model, sums[way])
     for way in ("fused", "logits"):
-        torch.testing.assert_close(sums[way], sums["chunked"])
+        torch.testing.assert_close(sums[way], sums["hidden"])
         for name, gradient in made[way].items():
-            torch.testing.assert_close(gradient, made["chunked"][name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, made["hidden"][name], rtol=1e-4, atol=1e-5)
 
 
-def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_way_is_taken() -> None:
     model = tiny_model()
     assert not has_fused_head(model)
-    assert how(model) == "chunked"
+    assert (how(model), log_probs.how(model)) == ("hidden", "logits")
     head = model.get_output_embeddings()
     # What DeepSpeed puts on a weight that it has spread.
     head.weight.ds_id = 0
@@ -534,11 +375,9 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_fused_head(model)
     assert how(model) == "fused"
     del head.weight.ds_id
-    assert how(model) == "chunked"
-    monkeypatch.setattr(log_probs, "_has_kernel", lambda device: True)
-    assert how(model) == "fused"
+    assert (how(model), log_probs.how(model)) == ("hidden", "fused")
     model.config.output_logit_soft_cap = 30.0
-    assert how(model) == "logits"
+    assert (how(model), log_probs.how(model)) == ("logits", "logits")
 
 
 def test_a_head_in_eight_bits_is_asked_for_its_logits() -> None:
@@ -552,10 +391,18 @@ PROCESSES = """
 import torch
 from accelerate import Accelerator
 from graftwork.compat.fused_head import has_fused_head
-from graftwork.log_probs import answer_log_probs, how
+from graftwork import log_probs
 from graftwork.testing.models import tiny_model
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import add_fused_lm_head
+
+def plain(hidden, weight, labels, bias):
+    table = F.log_softmax(F.linear(hidden, weight, bias), -1, dtype=torch.float32)
+    return table.gather(1, labels[:, None]).squeeze(1)
+
+def answer_log_probs(model, batch, answers):
+    return log_probs.answer_log_probs(model, batch, answers, token_log_probs=plain)
 
 ids = torch.randint(3, 250, (4, 9), generator=torch.Generator().manual_seed(0))
 answers = torch.ones_like(ids)
@@ -582,7 +429,8 @@ for unused in (False, True):
 base = tiny_model()
 add_fused_lm_head(base)
 model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(base)
-assert type(model) is DistributedDataParallel and has_fused_head(base) and how(model) == "chunked"
+assert type(model) is DistributedDataParallel and has_fused_head(base)
+assert log_probs.how(model, token_log_probs=plain) == "hidden"
 with torch.no_grad():
     found = answer_log_probs(model, {"input_ids": ids}, answers)
     logits = model(input_ids=ids, use_cache=False).logits

@@ -1,14 +1,10 @@
 """Log-probabilities of given answers, without the logits of the whole batch.
 
 The logits of a batch are tokens x vocabulary numbers, mostly more than all the rest of a training step, and a
-loss over pairs of answers wants one number of each row. :func:`selected_log_probs` makes them a few rows at a time
-and keeps none. :func:`answer_log_probs` gets it what it needs from any causal language model: a hook on the head
-takes the hidden states of the answer's tokens and gives the head no row at all to compute.
-
-The equations are the definition of softmax. Where the head is frozen, log p_n = z_n[y_n] - logsumexp z_n with
-z_n = W h_n + b has the gradient g_n (W[y_n] - sum_v p_n[v] W[v]) with respect to h_n. Its direction does not depend
-on g_n, the gradient that arrives, so it is taken while the logits are there, in the forward pass, and the backward
-pass has nothing to recompute: two products with the head instead of three. That order is ours.
+loss over pairs of answers wants one number of each row. :func:`answer_log_probs` gets at the hidden states of the
+answer's tokens in any causal language model, by a hook on the head which gives the head no row at all to compute, and
+leaves the arithmetic to a :class:`TokenLogProbs` that its caller brings. Without one TRL's own head does it, or
+the logits are made.
 """
 
 from __future__ import annotations
@@ -16,163 +12,37 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from graftwork.compat.fused_head import changes_logits, fused_head_is_right, has_fused_head
 
-Way = Literal["chunked", "fused", "logits"]
-CHUNK_BYTES = 64 * 2**20
+Way = Literal["hidden", "fused", "logits"]
 
 
-def selected_log_probs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> torch.Tensor:
-    """Return log softmax(``hidden`` ``weight``^T + ``bias``)[n, ``labels``[n]], (n) in fp32 (fp64 for fp64 input).
+class TokenLogProbs(Protocol):
+    """The arithmetic of a head, such as ``graftwork_kernels.selected_log_probs``."""
 
-    ``hidden`` is n x d, ``weight`` v x d, ``labels`` (n) are from 0 to v - 1. As many rows are taken at a time as
-    make at most ``chunk_bytes`` of fp32 logits, one at least; besides the gradients nothing larger exists.
-
-    The products are taken in the dtype of autocast, else of the inputs; all sums and the softmax are in fp32. In
-    bf16 each logit is rounded, so it is off by up to 2^-9 of itself, as it is with the model's own head; the
-    log-probability is off by at most twice what the largest logit is.
-    """
-    direction_now = torch.is_grad_enabled() and hidden.requires_grad
-    return cast(
-        torch.Tensor, _SelectedLogProbs.apply(hidden, weight, bias, labels, chunk_bytes, direction_now)
-    )
-
-
-class _SelectedLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        chunk_bytes: int,
-        hidden_trains: bool,
+    def __call__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None, /
     ) -> torch.Tensor:
-        chunks = _Chunks(hidden, weight, bias, chunk_bytes)
-        head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        direction = (
-            torch.empty(hidden.shape, dtype=chunks.exact, device=hidden.device)
-            if hidden_trains and not head_trains
-            else None
-        )
-        selected = torch.empty(len(hidden), dtype=chunks.exact, device=hidden.device)
-        normaliser = torch.empty_like(selected)
-        for rows in chunks:
-            logits = chunks.logits(hidden, rows)
-            picked = logits.gather(1, labels[rows, None]).squeeze(1)
-            largest = logits.amax(1)
-            total = logits.sub_(largest[:, None]).exp_().sum(1)
-            normaliser[rows] = largest + total.log()
-            selected[rows] = picked - normaliser[rows]
-            if direction is not None:
-                probabilities = logits.div_(total[:, None])
-                direction[rows] = weight[labels[rows]].to(chunks.exact) - chunks.times_weight(probabilities)
-        if direction is not None:
-            ctx.save_for_backward(direction)
-        else:
-            ctx.save_for_backward(hidden, weight, bias, labels, normaliser)
-        ctx.dtypes = hidden.dtype, chunks.dtype
-        ctx.chunk_bytes = chunk_bytes
-        return selected
+        """Return log softmax(``hidden`` ``weight``^T + ``bias``)[n, ``labels``[n]], (n) in fp32 or fp64.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dtype, computed = ctx.dtypes
-        if len(ctx.saved_tensors) == 1:
-            (direction,) = ctx.saved_tensors
-            return (direction * gradient[:, None]).to(dtype), None, None, None, None, None
-        hidden, weight, bias, labels, normaliser = ctx.saved_tensors
-        chunks = _Chunks(hidden, weight, bias, ctx.chunk_bytes, computed)
-        of_hidden, of_weight, of_bias = (
-            torch.zeros(tensor.shape, dtype=chunks.exact, device=tensor.device) if needed else None
-            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
-        )
-        for rows in chunks:
-            logits = chunks.logits(hidden, rows)
-            of_logits = logits.sub_(normaliser[rows, None]).exp_().neg_()
-            of_logits.scatter_add_(1, labels[rows, None], torch.ones_like(of_logits[:, :1]))
-            of_logits.mul_(gradient[rows, None])
-            if of_weight is not None:
-                of_weight.addmm_(of_logits.T, hidden[rows].to(chunks.exact))
-            if of_bias is not None:
-                of_bias += of_logits.sum(0)
-            if of_hidden is not None:
-                of_hidden[rows] = chunks.times_weight(of_logits).to(chunks.exact)
-        return (
-            of_hidden if of_hidden is None else of_hidden.to(hidden.dtype),
-            of_weight if of_weight is None else of_weight.to(weight.dtype),
-            of_bias if of_bias is None else of_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
-
-
-class _Chunks:
-    """Walks over the rows of ``hidden`` (n x d), a few at a time, and makes their logits in the same memory."""
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        chunk_bytes: int,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if dtype is None:
-            kind = hidden.device.type
-            dtype = (
-                torch.get_autocast_dtype(kind)
-                if torch.is_autocast_enabled(kind)
-                else torch.promote_types(hidden.dtype, weight.dtype)
-            )
-        self.dtype = dtype
-        self.exact = torch.promote_types(dtype, torch.float32)
-        self.weight = weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(self.exact)
-        self.count = len(hidden)
-        self.rows = max(1, min(self.count, chunk_bytes // (4 * len(weight))))
-        size = (self.rows, len(weight))
-        self.rounded = torch.empty(size, dtype=dtype, device=hidden.device)
-        same = dtype == self.exact
-        self.buffer = self.rounded if same else torch.empty(size, dtype=self.exact, device=hidden.device)
-
-    def __iter__(self) -> Any:
-        return (slice(start, min(start + self.rows, self.count)) for start in range(0, self.count, self.rows))
-
-    def logits(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Return the logits (rows x v) in the exact dtype; the next call writes over them."""
-        chunk = hidden[rows].to(self.dtype)
-        exact = self.buffer[: len(chunk)]
-        torch.mm(chunk, self.weight.T, out=self.rounded[: len(chunk)])
-        if exact.dtype != self.dtype:
-            exact.copy_(self.rounded[: len(chunk)])
-        return exact if self.bias is None else exact.add_(self.bias)
-
-    def times_weight(self, values: torch.Tensor) -> torch.Tensor:
-        """Return ``values`` (rows x v) times the weight, taken in the dtype of the products; (rows x d)."""
-        if values.dtype != self.dtype:
-            values = self.rounded[: len(values)].copy_(values)
-        return values @ self.weight
+        ``hidden`` is n x d, ``weight`` v x d, ``labels`` (n) are from 0 to v - 1. Products are taken in the dtype of
+        autocast, else of the inputs; gradients reach whatever trains. n may be 0.
+        """
+        ...
 
 
 def answer_log_probs(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], answer_mask: torch.Tensor, *, bare: Any = None
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    answer_mask: torch.Tensor,
+    *,
+    bare: Any = None,
+    token_log_probs: TokenLogProbs | None = None,
 ) -> torch.Tensor:
     """Return each row's sum of log p(token | the tokens before it) over its answer, (b) in fp32.
 
@@ -181,7 +51,8 @@ def answer_log_probs(
     counts, and padding does not either. A row without answer has 0.
 
     ``model`` is what is called, wrapped as it may be (PEFT, DDP, DeepSpeed); ``bare`` is the same model without
-    the wrappers of distributed training, found where None. :func:`how` says which way is taken.
+    the wrappers of distributed training, found where None. :func:`how` says which way is taken;
+    ``token_log_probs`` makes ``hidden`` possible.
     """
     bare = _bare(model) if bare is None else bare
     base = _base(bare)
@@ -191,9 +62,9 @@ def answer_log_probs(
     asked = answer_mask[:, 1:].bool() & seen[:, 1:] & seen[:, :-1]
     labels = ids[:, 1:]
     inputs = _inputs(bare, base, batch, seen)
-    way = how(model, bare=bare)
-    if way == "chunked":
-        found = _chunked(model, base, inputs, asked, labels)
+    way = how(model, bare=bare, token_log_probs=token_log_probs)
+    if way == "hidden" and token_log_probs is not None:
+        found = _of_hidden(model, base, inputs, asked, labels, token_log_probs)
         if found is not None:
             return _sums(found, asked)
         _same_logits[base.get_output_embeddings()] = False
@@ -208,13 +79,13 @@ def answer_log_probs(
     return _sums(logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(1), asked)
 
 
-def how(model: nn.Module, *, bare: Any = None) -> Way:
+def how(model: nn.Module, *, bare: Any = None, token_log_probs: TokenLogProbs | None = None) -> Way:
     """Return how :func:`answer_log_probs` gets at this model's log-probabilities.
 
-    ``chunked`` is :func:`selected_log_probs` on what a plain head is given. ``fused`` is TRL's own head, where a
-    trainer of TRL has put it on the model: for heads whose weight is spread over processes, for models that change
-    their logits after the head, and on GPUs, where it has a kernel of its own. ``logits`` makes the logits; it is
-    right for every model, and used where the others might not be.
+    ``hidden`` is ``token_log_probs`` on what a plain head is given. ``fused`` is TRL's own head, where a trainer of TRL
+    has put it on the model: for heads whose weight is spread over processes, for models that change their logits
+    after the head, and where there is no ``token_log_probs``. ``logits`` makes the logits; it is right for every
+    model, and used where the others might not be.
     """
     base = _base(_bare(model) if bare is None else bare)
     head = base.get_output_embeddings()
@@ -228,15 +99,20 @@ def how(model: nn.Module, *, bare: Any = None) -> Way:
         return fused
     if not _same_logits.get(head, True):
         return "logits"
-    return "fused" if fused == "fused" and _has_kernel(head.weight.device) else "chunked"
+    return fused if token_log_probs is None else "hidden"
 
 
 # Heads that were seen in use: whether their output is the model's logits, untouched.
 _same_logits: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def _chunked(
-    model: nn.Module, base: Any, inputs: dict[str, Any], asked: torch.Tensor, labels: torch.Tensor
+def _of_hidden(
+    model: nn.Module,
+    base: Any,
+    inputs: dict[str, Any],
+    asked: torch.Tensor,
+    labels: torch.Tensor,
+    token_log_probs: TokenLogProbs,
 ) -> torch.Tensor | None:
     """Return the log-probability of every asked token, in order; None if this model cannot be read so.
 
@@ -256,7 +132,7 @@ def _chunked(
         # An adapter that prepends tokens makes the rows longer.
         hidden = args[0][:, -width:][:, :-1].to(module.weight.device)
         chosen = hidden[asked.to(hidden.device)]
-        taken.append(selected_log_probs(chosen, module.weight, labels[asked].to(hidden.device), module.bias))
+        taken.append(token_log_probs(chosen, module.weight, labels[asked].to(hidden.device), module.bias))
         return (args[0][:, -1:] if first_time else args[0][:, :0], *args[1:])
 
     hooks = [head.register_forward_pre_hook(take)]
@@ -327,9 +203,3 @@ def _multiplies(weight: Any) -> bool:
 def _is_sharded(weight: Any) -> bool:
     """Return whether other processes hold parts of ``weight`` (DeepSpeed ZeRO-3, FSDP 2)."""
     return hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
-
-
-def _has_kernel(device: torch.device) -> bool:
-    from transformers.utils.import_utils import is_triton_available
-
-    return device.type in ("cuda", "xpu") and is_triton_available()

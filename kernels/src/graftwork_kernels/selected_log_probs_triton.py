@@ -59,7 +59,7 @@ def _logits(
 @triton.jit
 def _forward_kernel(
     hidden, weight, bias, labels, found, count, vocabulary, width, part,
-    stride_hn, stride_hd, stride_wv, stride_wd, stride_b, stride_y, parts,
+    stride_hn, stride_hd, stride_wv, stride_wd, stride_b, stride_y, size,
     HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, FLOOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -95,7 +95,6 @@ def _forward_kernel(
             moment = factor * (moment + step * total) + tl.sum(terms, 1)
         total = factor * total + tl.sum(raised, 1)
         largest = now
-    size = parts.to(tl.int64) * count
     target = found + split.to(tl.int64) * count + rows
     tl.store(target, largest, mask=rows < count)
     tl.store(target + size, total, mask=rows < count)
@@ -175,7 +174,7 @@ def forward(
         launch: Any = _forward_kernel[(tiles, parts)]
         launch(
             hidden_ND, weight_VD, bias, labels_N, found, count, vocabulary, width, part,
-            *hidden_ND.stride(), *weight_VD.stride(), bias.stride(0), labels_N.stride(0), parts,
+            *hidden_ND.stride(), *weight_VD.stride(), bias.stride(0), labels_N.stride(0), found.stride(0),
             HAS_BIAS=bias_V is not None, ENTROPY=entropies, FLOOR=-1000.0, **settings,
         )  # fmt: skip
     largest, total, moment, picked = found

@@ -128,7 +128,13 @@ class PairTrainer(DPOTrainer):
         pairs = len(inputs["item"])
         answers = inputs["completion_mask"]
         asked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        sums = answer_log_probs(model, asked, answers, bare=self.accelerator.unwrap_model(model))
+        sums = answer_log_probs(
+            model,
+            asked,
+            answers,
+            bare=self.accelerator.unwrap_model(model),
+            token_log_probs=self._play.token_log_probs,
+        )
         tokens = answers[:, 1:].sum(1)
         batch = PairBatch(
             sums[:pairs],

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from graftwork.distributed import barrier
 from graftwork.evaluate.modes import evaluating
 from graftwork.files import write_bytes_atomic
-from graftwork.log_probs import answer_log_probs
+from graftwork.log_probs import TokenLogProbs, answer_log_probs
 from graftwork.self_play.parts import in_parts
 
 if TYPE_CHECKING:
@@ -39,13 +39,23 @@ class Scorer:
         pad: token to fill up with; it is masked.
         batch_size: sequences in a forward pass.
         precision: of autocast, as the trainer's; None where it has none.
+        token_log_probs: the arithmetic of the head, as the trainer's; see :func:`answer_log_probs`.
     """
 
-    def __init__(self, run: Run, *, pad: int, batch_size: int, precision: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        pad: int,
+        batch_size: int,
+        precision: torch.dtype | None = None,
+        token_log_probs: TokenLogProbs | None = None,
+    ) -> None:
         self.run = run
         self.pad = pad
         self.batch_size = batch_size
         self.precision = precision
+        self.token_log_probs = token_log_probs
 
     def __call__(
         self, model: Any, sequences: Sequences, progress: Callable[[int], Any] | None = None
@@ -62,7 +72,9 @@ class Scorer:
                 if self.run.plugins.implements("batch_begin"):
                     self.run.plugins.call("batch_begin", run=self.run, model=model, batch=batch)
                 answer = batch.pop("completion_mask")
-                values = answer_log_probs(model, batch, answer, bare=model)
+                values = answer_log_probs(
+                    model, batch, answer, bare=model, token_log_probs=self.token_log_probs
+                )
                 for place, value in zip(chosen, values.tolist(), strict=True):
                     found[place] = value
                 if progress:

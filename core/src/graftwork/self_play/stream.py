@@ -79,11 +79,17 @@ def only_task(tasks: Sequence[Task]) -> Task:
     return tasks[0]
 
 
-def scorer_for(run: Run, tokenizer: Any, train: dict[str, Any]) -> Scorer:
+def scorer_for(run: Run, tokenizer: Any, train: dict[str, Any], play: SelfPlay) -> Scorer:
     """Return what scores answers as this job's training does."""
     precision = torch.bfloat16 if train.get("bf16") else torch.float16 if train.get("fp16") else None
     size = int(train.get("per_device_eval_batch_size", 8))
-    return Scorer(run, pad=pad_token(tokenizer), batch_size=size, precision=precision)
+    return Scorer(
+        run,
+        pad=pad_token(tokenizer),
+        batch_size=size,
+        precision=precision,
+        token_log_probs=play.token_log_probs,
+    )
 
 
 def held_out_items(job: Job, task: Task, tokenizer: Any) -> list[Item]:

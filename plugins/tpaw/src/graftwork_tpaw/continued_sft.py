@@ -9,6 +9,7 @@ from graftwork.self_play.options import SelfPlayOptions
 from pydantic import model_validator
 
 from graftwork_tpaw import metrics
+from graftwork_tpaw.head import token_log_probs
 from graftwork_tpaw.loss import sft_loss
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class ContinuedSft:
 
     @hookimpl
     def self_play(self, run: Run) -> SelfPlay:
-        return SelfPlay(self.options, self.loss, samples=0)
+        return SelfPlay(self.options, self.loss, samples=0, token_log_probs=token_log_probs(run))
 
     def loss(self, batch: PairBatch) -> PairLoss:
         """Return the negative log-likelihood per token of every target."""

@@ -10,6 +10,7 @@ from graftwork.self_play.options import SelfPlayOptions
 from pydantic import Field, model_validator
 
 from graftwork_tpaw import metrics
+from graftwork_tpaw.head import token_log_probs
 from graftwork_tpaw.loss import dpo_loss
 from graftwork_tpaw.rewards import check_reward, reward
 
@@ -66,6 +67,7 @@ class IterativeDpo:
             samples=options.samples,
             score=reward(options.reward),
             choose=best_and_worst,
+            token_log_probs=token_log_probs(run),
         )
 
     def loss(self, batch: PairBatch) -> PairLoss:

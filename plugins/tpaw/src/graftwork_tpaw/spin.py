@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from graftwork_tpaw import metrics
 from graftwork_tpaw.checks import check_team
+from graftwork_tpaw.head import token_log_probs
 from graftwork_tpaw.loss import spin_loss
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class Spin:
 
     @hookimpl
     def self_play(self, run: Run) -> SelfPlay:
-        return SelfPlay(self.options, self.loss, rounds=self.options.rounds)
+        return SelfPlay(
+            self.options, self.loss, rounds=self.options.rounds, token_log_probs=token_log_probs(run)
+        )
 
     def loss(self, batch: PairBatch) -> PairLoss:
         """Return SPIN's loss of every pair."""

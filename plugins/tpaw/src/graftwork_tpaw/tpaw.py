@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from graftwork_tpaw import metrics
 from graftwork_tpaw.checks import check_team
+from graftwork_tpaw.head import token_log_probs
 from graftwork_tpaw.loss import TeamTerms, player_weights, team_terms
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Tpaw:
             players=self.options.players,
             rounds=self.options.rounds,
             inspect=self.inspect,
+            token_log_probs=token_log_probs(run),
         )
 
     def loss(self, batch: PairBatch) -> PairLoss:
