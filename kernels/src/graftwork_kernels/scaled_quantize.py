@@ -228,7 +228,8 @@ class _Straight(torch.autograd.Function):
         return grads[0]
 
 
-def _round(x: Tensor) -> Tensor:
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing was done (straight-through)."""
     return _Straight.apply(x)  # pyright: ignore[reportReturnType]
 
 
@@ -242,7 +243,7 @@ def _fake(
     least, most = rounding.levels
     if torch.is_grad_enabled() and (y.requires_grad or scale.requires_grad):
         u = y / scale if zero is None else y / scale + zero
-        codes = _round(u.clamp(least, most))
+        codes = round_ste(u.clamp(least, most))
         return ((codes if zero is None else codes - zero) * scale).reshape(x.shape)
     codes = y / scale
     if zero is not None:
@@ -271,7 +272,7 @@ def _scales(
     if rounding.symmetric:
         return scale, None
     least, most = rounding.levels
-    return scale, _round((least - lo / scale).clamp(least, most))
+    return scale, round_ste((least - lo / scale).clamp(least, most))
 
 
 def _grouped(y: Tensor, rounding: Rounding) -> Tensor:

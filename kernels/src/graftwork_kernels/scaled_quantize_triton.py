@@ -240,7 +240,8 @@ def backward_kernel(
         exact_RS = least - tl.div_rn(lo_RS, scale_RS)
         of_zero_RS = tl.where((exact_RS >= least) & (exact_RS <= most), of_zero_RS, 0.0)
         of_lo_RS = -of_zero_RS / scale_RS
-        of_scale_RS += of_zero_RS * lo_RS / (scale_RS * scale_RS)
+        # Squares of small scales would be zero.
+        of_scale_RS -= of_lo_RS * (lo_RS / scale_RS)
     of_scale_RS = tl.where(raw_RS >= floor, of_scale_RS, 0.0) / divisor
     if SYMMETRIC:
         of_hi_RS = tl.where(hi_RS > -lo_RS, of_scale_RS, tl.where(hi_RS == -lo_RS, of_scale_RS * 0.5, 0.0))

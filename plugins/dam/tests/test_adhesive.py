@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from graftwork.transform import quantizer
 from graftwork.transform.quantizer import fake_quantize_tokens, fake_quantize_weight, quantize_weight
 from graftwork.transform.scheme import ActivationScheme, WeightScheme
 from graftwork_dam import (
@@ -30,6 +29,7 @@ from graftwork_dam import (
     smooth_split,
 )
 from graftwork_dam.adhesive import LIMIT, parse_init
+from graftwork_kernels import scaled_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -305,7 +305,7 @@ def test_the_gradient_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPa
         fixed = noise.setdefault(x.shape, draw(*x.shape, seed=len(noise)) * 0.3)
         return x + fixed
 
-    monkeypatch.setattr(quantizer, "round_ste", add)
+    monkeypatch.setattr(scaled_quantize, "round_ste", add)
     factors, x = decaying(), draw(7, 16, seed=2)
     target = x @ factors.product().T
     log_d = (0.3 * draw(6, seed=5)).requires_grad_()

@@ -23,13 +23,13 @@ import torch
 from graftwork import UserError
 from graftwork.transform.hadamard import hadamard, rotation_block
 from graftwork.transform.modules import CompressedLinear, Factored, Rotation
-from graftwork.transform.quantizer import fake_quantize_tokens, fake_quantize_weight
 from graftwork.transform.scheme import ActivationScheme, WeightScheme
 from graftwork.transform.structure import Place, places
 from torch import nn
 from torch.nn import functional as F
 
 from graftwork_bdq.diagonal import Diagonal, energy_sigma, fold_into, pooled, scales, smooth_sigma
+from graftwork_bdq.fake import fake_tokens, fake_weight
 from graftwork_bdq.options import BdqOptions
 from graftwork_bdq.rotation import Cayley, fixed_rotation
 
@@ -117,14 +117,8 @@ class PlaceTransform(nn.Module):
         """Return ``Qa(x~)``; linears that read the same tensor share one."""
         if self._last is not None and self._last[0] is x:
             return self._last[1]
-        found = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.place.kind == "norm":
-            found = found * self.at_input()
-        rotation = self.rotation()
-        if rotation is not None:
-            found = rotation(found)
-        ratio = self.ratio()
-        found = fake_quantize_tokens(found, self.scheme, ratio, ratio)
+        scale = self.at_input() if self.place.kind == "norm" else None
+        found = fake_tokens(x, self.scheme, scale, self.rotation(), self.ratio())
         self._last = (x, found)
         return found
 
@@ -146,10 +140,7 @@ class LearnedLinear(nn.Module):
         if not owner.active:
             return linear(x)
         reader = owner.reader(name)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        seen = (
-            fake_quantize_tokens(x.to(wide), owner.options.activations) if reader is None else reader.seen(x)
-        )
+        seen = fake_tokens(x, owner.options.activations) if reader is None else reader.seen(x)
         weight, bias = owner.weight(name, linear, seen.dtype)
         return F.linear(seen, owner.rounded(name, weight), bias).to(x.dtype)
 
@@ -257,7 +248,7 @@ class LayerTransform(nn.Module):
 
     def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight as rounding would leave it, where weights are rounded while the rest is learned."""
-        return fake_quantize_weight(weight, self.weights, *self.kept(name)) if self.rounds else weight
+        return fake_weight(weight, self.weights, *self.kept(name)) if self.rounds else weight
 
     def groups(self) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer: clip factors learn at a rate of their own."""

@@ -9,6 +9,7 @@ import torch
 from graftwork import LossTerm, UserError, WeightTransform, hookimpl
 from graftwork.transform.kv import check_kv
 from graftwork.transform.scheme import KVScheme
+from graftwork_kernels import announce
 
 from graftwork_bdq.block import train_block
 from graftwork_bdq.layer import LayerTransform
@@ -61,6 +62,7 @@ class Bdq:
     def prepare(self, whole: Whole) -> Mapping[str, torch.Tensor]:
         """Learn end to end."""
         check_kv(whole.model, self.kv)
+        announce(whole.console.say, whole.model.device)
         return learn_tokens(whole, self.options, self.kv)
 
     def transform(self, block: Block) -> None:
@@ -72,6 +74,7 @@ class Bdq:
             place = layer.place(name)
             block.record(place.place.linears[0], scale_spread=place.diagonal().std(unbiased=False).item())
         if options.learn == "block":
+            announce(block.console.say, next(block.module.parameters()).device)
             before, after, raised = train_block(block, layer, self.kv)
             block.record(
                 "", block_loss_before=before, block_loss_after=after, block_loss_raised=float(raised)

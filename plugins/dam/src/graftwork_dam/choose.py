@@ -64,15 +64,14 @@ class Problem:
     @torch.no_grad()
     def stored_loss(self, log_d: torch.Tensor, rounder: Rounder, log_e: torch.Tensor | None = None) -> float:
         """Return the same with the factors as ``rounder`` would store them."""
-        x, moments = self.x, self.layer.moments
+        moments, scale = self.layer.moments, None
         left, right = self.factors.split(log_d)
         if log_e is not None:
-            x, right = x * (-log_e).exp(), right * log_e.exp()
+            scale, right = (-log_e).exp(), right * log_e.exp()
             moments = scaled_moments(moments, log_e)
         stored = rounder.pair(left, right, moments, self.layer.name)
-        return float(
-            relative_loss(product_output(x, values(stored[0]), values(stored[1]), self.rounding), self.target)
-        )
+        found = product_output(self.x, values(stored[0]), values(stored[1]), self.rounding, scale)
+        return float(relative_loss(found, self.target))
 
     @torch.no_grad()
     def best(self, starts: Mapping[str, torch.Tensor]) -> str:

@@ -15,6 +15,7 @@ from graftwork.transform.block import Block
 from graftwork.transform.modules import CompressedLinear, Factored
 from graftwork.transform.quantizer import Quantized
 from graftwork.transform.scheme import check_group
+from graftwork_kernels import announce
 from torch import nn
 
 from graftwork_dam import fold
@@ -52,6 +53,7 @@ def compress_block(block: Block, options: DamOptions) -> None:
     modules = targets(block, options.targets)
     if not modules:
         return
+    announce(block.console.say, next(block.module.parameters()).device)
     Compression(block, modules, options).run()
 
 
