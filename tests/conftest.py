@@ -78,8 +78,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
 
-    def call(name: str, module: str, code: str, target: str = "Plugin") -> None:
-        install_plugin(site, name, f"{module}:{target}", code)
+    def call(name: str, module: str, code: str, target: str = "Plugin", package: str | None = None) -> None:
+        install_plugin(site, name, f"{module}:{target}", code, package=package)
         importlib.invalidate_caches()
 
     yield call

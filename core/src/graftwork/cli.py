@@ -286,6 +286,10 @@ def _sentence(error: click.ClickException) -> str:
 def _tell(error: Exception, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
-    click.echo(f"error: {error}", err=True)
+    if "tqdm" in sys.modules:
+        # A progress bar that was cut short stands on the line still.
+        sys.modules["tqdm"].tqdm.write(f"error: {error}", file=sys.stderr)
+    else:
+        click.echo(f"error: {error}", err=True)
     if not debug and error.__cause__ is not None:
         click.echo("(add --debug before the verb for the traceback)", err=True)

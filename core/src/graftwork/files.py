@@ -11,11 +11,15 @@ import json
 import os
 import secrets
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from graftwork.errors import UserError
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself reads no longer one."""
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -121,6 +125,33 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Return what a safetensors file says it holds: name: dtype, shape, data_offsets.
+
+    Raises:
+        UserError: it is missing, or header and size do not agree. What is claimed is held against the file before it is
+            read.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size, LONGEST_HEADER):
+                raise ValueError
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"'{path}' is damaged or no safetensors file: its header and its size do not agree"
+        ) from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from None
+    return header
 
 
 def cache_folder() -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, cache_folder, made_once, sha256
+from graftwork.files import atomic_folder, cache_folder, made_once, safetensors_header, sha256
 from graftwork.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ def _folder(ref: str, path: Path) -> Source:
             raise UserError(
                 f"adapter '{ref}' has no adapter_model.safetensors; other weight formats are not read"
             )
+        safetensors_header(path / "adapter_model.safetensors")
         return Source(ref, path, adapter=True)
     if not (path / "config.json").is_file():
         raise UserError(
@@ -238,6 +239,8 @@ def _folder(ref: str, path: Path) -> Source:
                 f"it is read, and is refused; convert it to safetensors first"
             )
         raise UserError(f"model folder '{ref}' has no weights (*.safetensors)")
+    for file in sorted(path.glob("*.safetensors")):
+        safetensors_header(file)
     return Source(ref, path)
 
 

@@ -6,6 +6,7 @@ Discovery reads entry points and imports nothing. A plugin's code runs only afte
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from graftwork.data.layouts import Layout
     from graftwork.run import Run
+
+
+_NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,18 @@ def discover() -> dict[str, PluginInfo]:
     """Return installed plugins by name.
 
     Raises:
-        UserError: two distributions offer a plugin of the same name.
+        UserError: two distributions offer a plugin of the same name, or one a name that none may have.
     """
     found: dict[str, PluginInfo] = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         # Read once: every access of a distribution's name or version parses its metadata again.
         metadata = point.dist.metadata if point.dist else {"Name": "unknown", "Version": "unknown"}
         name, version = metadata["Name"], metadata["Version"]
+        if not _NAME.fullmatch(point.name):
+            raise UserError(
+                f"package '{name}' offers a plugin called {point.name!a}; names are made of small letters, digits "
+                f"and hyphens, so that none looks like another: uninstall it"
+            )
         previous = found.get(point.name)
         if previous and previous.distribution != name:
             raise UserError(
@@ -75,7 +84,7 @@ def load_class(name: str) -> type:
     info = find(name)
     try:
         plugin_class = info.entry_point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"plugin '{name}' (package {info.distribution} {info.version}) cannot be imported: "
             f"{type(error).__name__}: {error}; repair or uninstall it"
@@ -114,7 +123,7 @@ def construct(name: str, options: Mapping[str, Any], where: str = "") -> Any:
         return plugin_class(validated)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(name, "__init__", error) from error
 
 
@@ -170,7 +179,7 @@ class Plugins:
             results = self._callers[key](**arguments)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(name, hook, error) from error
         return results[0] if results else None
 

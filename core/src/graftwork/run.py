@@ -129,7 +129,7 @@ class Run:
                 )
             try:
                 previous = json.loads(path.read_text(encoding="utf-8"))
-                before, versions = previous["job"], previous["plugins"]
+                before, versions = dict(previous["job"]), dict(previous["plugins"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"'{path}' is not a manifest that a run wrote; cannot resume from it"
@@ -191,7 +191,8 @@ def _same_job(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
 
 def _same_versions(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     for name in now:
-        old, new = before.get(name, {}).get("version"), now[name]["version"]
+        kept = before.get(name)
+        old, new = kept.get("version") if isinstance(kept, dict) else None, now[name]["version"]
         if old != new:
             raise UserError(
                 f"'{path}' was written with plugin '{name}' {old}, installed is {new}; install {old}, "

@@ -86,6 +86,8 @@ def parse(text: str, name: str) -> Document:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable characters"
         raise UserError(f"{name}{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{name}: more nested entries than a recipe can have") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}: a recipe is a mapping of keys, such as 'model: ...'")
     reader = _Reader(name)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from graftwork.errors import UserError
-from graftwork.files import sha256
-from graftwork.transform.source import header
+from graftwork.files import safetensors_header, sha256
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -48,7 +47,7 @@ def stored_tensors(paths: list[Path]) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for path in paths:
-        entries: Mapping[str, Any] = header(path)
+        entries: Mapping[str, Any] = safetensors_header(path)
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         begin = path.stat().st_size - end
         for key, entry in entries.items():

@@ -29,6 +29,12 @@ class Cut:
     order: int
     index: int
 
+    def end(self, piece: Piece) -> int:
+        """Return how many entries of a piece, from its first, are kept where they are as large as ``value``."""
+        if piece.order != self.order:
+            return piece.base.numel() if piece.order < self.order else 0
+        return min(max(0, self.index - piece.offset), piece.base.numel())
+
     def keeps(self, piece: Piece, expert: int) -> torch.Tensor:
         """Return which entries of a piece are kept (bool, rows x columns)."""
         size = piece.deltas[expert].abs()

@@ -44,6 +44,17 @@ class Trim:
                 self._by_tensor[name] = largest(experts.passes_of(name), keep, count)
                 bar.update(1)
 
+    def limits(self, piece: Piece) -> tuple[list[float], list[int]] | tuple[None, None]:
+        """Return what is kept of a piece, for code that trims and merges at once.
+
+        Per expert the threshold, and how many of the piece's entries, from its first, are kept where they are exactly
+        as large; nothing where all is kept.
+        """
+        if self.keep == 1:
+            return None, None
+        cuts = self._cuts or self._by_tensor[piece.name]
+        return [cut.value for cut in cuts], [cut.end(piece) for cut in cuts]
+
     def __call__(self, piece: Piece) -> torch.Tensor:
         """Return the differences (experts x rows x columns) with zeros where nothing is kept."""
         if self.keep == 1:

@@ -7,9 +7,11 @@ built aside and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,33 @@ def latest_checkpoint(run: Run, task: str) -> tuple[Path, Mapping[str, Any]] | N
         elif best is None or marker["step"] > best[1]["step"]:
             best = (folder, marker)
     return best
+
+
+@contextlib.contextmanager
+def refused_pickles(folder: Path | None) -> Iterator[None]:
+    """Say in a sentence which file of a checkpoint is refused because it holds more than tensors and numbers.
+
+    The Trainer's own torch files are read by an unpickler that knows nothing else.
+
+    Raises:
+        UserError: there is one.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError:
+        for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]) if folder else []:
+            # Random states are arrays of numpy's, which the Trainer allows.
+            foreign = [
+                name
+                for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                if not name.startswith("numpy.")
+            ]
+            if foreign:
+                raise UserError(
+                    f"'{path}' holds what no checkpoint does ({foreign[0]}) and may run code when it is read; nothing "
+                    f"of it was executed: remove '{folder}' to go on from an earlier checkpoint"
+                ) from None
+        raise
 
 
 def stage_folder(run: Run, index: int, name: str) -> Path:

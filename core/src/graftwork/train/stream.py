@@ -34,6 +34,7 @@ from graftwork.train.checkpoints import (
     latest_checkpoint,
     load_plugin_states,
     read_json,
+    refused_pickles,
     save_plugin_states,
     stage_folder,
 )
@@ -116,7 +117,8 @@ class Stream:
         else:
             self.run.events.write("task", task=task.name, index=task.index)
         self.started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+        with refused_pickles(folder):
+            trainer.train(resume_from_checkpoint=str(folder) if folder else None)
         self.train_seconds += time.perf_counter() - self.started
         deepspeed.let_go()
         self.stack.forget_others()

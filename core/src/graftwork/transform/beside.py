@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, sha256, write_json_atomic
-from graftwork.transform.source import INDEX, header
+from graftwork.files import atomic_folder, safetensors_header, sha256, write_json_atomic
+from graftwork.transform.source import INDEX
 from graftwork.transform.writer import file_name, save_whole
 
 FOLDER = "beside"
@@ -92,7 +92,7 @@ class Beside:
                     size = 0
                     for path in sorted(label.glob("*.safetensors")):
                         os.link(path, folder / label.name / path.name)
-                        for key, entry in header(path).items():
+                        for key, entry in safetensors_header(path).items():
                             places[key] = path.name
                             size += entry["data_offsets"][1] - entry["data_offsets"][0]
                     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from graftwork.errors import UserError, did_you_mean, first_line
+from graftwork.files import safetensors_header
 from graftwork.models import PICKLES, load_config, load_model, resolve
 from graftwork.transform.structure import skeleton
 
@@ -209,28 +209,9 @@ def checkpoint_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
         raise UserError(f"model folder '{folder}' has {what}; safetensors are wanted")
     found: dict[str, tuple[Path, list[int]]] = {}
     for name in names:
-        for key, entry in header(folder / name).items():
+        for key, entry in safetensors_header(folder / name).items():
             found[key] = (folder / name, entry["shape"])
     absent = [key for key in listed if key not in found]
     if absent:
         raise UserError(f"'{index}' lists the tensor '{absent[0]}', which is in none of the files")
     return found
-
-
-def header(path: Path) -> dict[str, Any]:
-    """Return what a safetensors file says it holds."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != path.stat().st_size:
-            raise ValueError
-    except (ValueError, struct.error, KeyError, TypeError):
-        raise UserError(
-            f"'{path}' is damaged or no safetensors file: its header and its size do not agree"
-        ) from None
-    return header

@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, write_json_atomic
+from graftwork.files import atomic_folder, safetensors_header, write_json_atomic
 from graftwork.transform.format import index_name
-from graftwork.transform.source import header
 
 # What else of a model's folder belongs to it: tokenizer, chat template, generation settings.
 _BESIDE = (
@@ -69,7 +68,7 @@ class Writer:
         total = 0
         for number in range(self._count):
             path = self._path(number)
-            for name, entry in header(path).items():
+            for name, entry in safetensors_header(path).items():
                 places[name] = path.name
                 total += entry["data_offsets"][1] - entry["data_offsets"][0]
         if self._is_mine(target):
