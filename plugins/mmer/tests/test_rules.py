@@ -9,7 +9,7 @@ import pytest
 import torch
 from graftwork.merge.masks import pack, unpack
 from graftwork.merge.signs import disjoint, elect
-from graftwork_mmer.routed.deltas import unpacked
+from graftwork_kernels.masked_delta import pack_mask, unpack_mask
 from graftwork_mmer.rules import ScaleSums, congruent, nearest, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,10 +79,11 @@ def test_small_numbers_have_signs() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 576, 1536])
-def test_bits_are_the_same_unpacked_here_and_by_core(columns: int) -> None:
+def test_bits_are_the_same_to_kernels_and_core(columns: int) -> None:
     mask = torch.rand(3, columns, generator=torch.Generator().manual_seed(columns)) < 0.4
     bits = pack(mask)
-    assert torch.equal(unpacked(bits.words, columns), mask)
+    assert torch.equal(unpack_mask(bits.words, columns), mask)
+    assert torch.equal(pack_mask(mask), bits.words)
     assert torch.equal(unpack(bits.words, columns), mask)
 
 

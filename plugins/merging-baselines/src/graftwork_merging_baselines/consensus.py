@@ -15,8 +15,10 @@ from graftwork.merge.experts import Experts
 from graftwork.merge.masks import Bits, pack
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import ExpandOptions, MergePlugin
-from graftwork.merge.signs import disjoint, elect, total
+from graftwork.merge.signs import total
 from graftwork.merge.trim import Trim
+from graftwork_kernels import announce
+from graftwork_kernels.ties_merge import ties_merge
 from pydantic import Field, field_validator
 
 
@@ -66,6 +68,8 @@ class ConsensusMethod(MergeMethod):
                 f"consensus: lam is for {', '.join(sorted(lam))}, and the experts are {', '.join(experts.names)}"
             )
         self.dtype = experts.dtype
+        if self.options.merge == "ties":
+            announce(console.say, "cpu")
         self.trim.begin(experts, console)
 
     def merge(self, piece: Piece) -> torch.Tensor:
@@ -116,8 +120,7 @@ class ConsensusMethod(MergeMethod):
         if self.options.merge == "sum":
             found = total(piece.deltas).float()
         else:
-            kept = self.trim(piece)
-            found = disjoint(kept, elect(kept), "sum")
+            found = ties_merge(piece.deltas, *self.trim.limits(piece), "sum")
         return found.to(self.dtype).float()
 
     def _mask(self, piece: Piece, merged: torch.Tensor, index: int) -> torch.Tensor:

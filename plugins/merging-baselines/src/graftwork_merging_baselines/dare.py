@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from graftwork.console import Console
+from graftwork.merge.experts import Experts
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import MergePlugin
-from graftwork.merge.signs import disjoint, elect, total
+from graftwork.merge.signs import total
+from graftwork_kernels import announce
+from graftwork_kernels.ties_merge import ties_merge
 from pydantic import BaseModel, ConfigDict, Field
 
 from graftwork_merging_baselines.draws import dropped
@@ -31,10 +35,15 @@ class DareMethod(MergeMethod):
     def __init__(self, options: DareOptions, seed: int) -> None:
         self.options, self.seed = options, seed
 
+    def begin(self, experts: Experts, console: Console) -> None:
+        """Say which kernels run."""
+        if self.options.merge == "ties":
+            announce(console.say, "cpu")
+
     def merge(self, piece: Piece) -> torch.Tensor:
         """Return the merged difference."""
         left = torch.stack([self._left(piece, index) for index in range(len(piece.experts))])
-        merged = total(left) if self.options.merge == "sum" else disjoint(left, elect(left)).double()
+        merged = total(left) if self.options.merge == "sum" else ties_merge(left).float().double()
         return (self.options.alpha * merged).float()
 
     def _left(self, piece: Piece, index: int) -> torch.Tensor:

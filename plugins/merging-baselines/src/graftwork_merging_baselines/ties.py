@@ -9,8 +9,9 @@ from graftwork.console import Console
 from graftwork.merge.experts import Experts
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import MergePlugin
-from graftwork.merge.signs import disjoint, elect
 from graftwork.merge.trim import Trim
+from graftwork_kernels import announce
+from graftwork_kernels.ties_merge import ties_merge
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -40,12 +41,12 @@ class TiesMethod(MergeMethod):
 
     def begin(self, experts: Experts, console: Console) -> None:
         """Find the thresholds."""
+        announce(console.say, "cpu")
         self.trim.begin(experts, console)
 
     def merge(self, piece: Piece) -> torch.Tensor:
         """Return the merged difference."""
-        kept = self.trim(piece)
-        found = disjoint(kept, elect(kept), self.options.aggregate)
+        found = ties_merge(piece.deltas, *self.trim.limits(piece), self.options.aggregate)
         return found if self.options.alpha == 1 else found * self.options.alpha
 
 

@@ -12,6 +12,8 @@ from graftwork.hookspecs import WeightTransform
 from graftwork.merge.rows import as_matrix, digest
 from graftwork.transform.source import CheckpointSource
 from graftwork.transform.structure import find_layers
+from graftwork_kernels import announce
+from graftwork_kernels.masked_delta import masked_delta
 
 from graftwork_mmer.artefact import Artefact
 
@@ -42,6 +44,7 @@ class Expansion:
 
     def begin(self, outer: Outer) -> None:
         """Change what stands outside the layers."""
+        announce(outer.console.say, next(outer.model.parameters()).device)
         layers, _ = find_layers(outer.model)
         names = [name for name in self.artefact.merged if not name.startswith(f"{layers}.")]
         self._add({name: outer.model.get_parameter(name) for name in names})
@@ -59,10 +62,12 @@ class Expansion:
                     f"the masks are for '{name}' of shape {tuple(self.artefact.merged[name].shape)}, and the base's is "
                     f"{tuple(parameter.shape)}"
                 )
-            delta = self.artefact.kept(self.expert, name).view(parameter.shape).to(parameter.device)
-            parameter.data.copy_(added(parameter.data, delta))
-
-
-def added(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Return base plus delta (float32) in the base's precision, rounded once; the base's bytes where delta is 0."""
-    return torch.where(delta == 0, base, (base.float() + delta).to(base.dtype))
+            base = parameter.data.view(self.artefact.merged[name].shape)
+            base.copy_(
+                masked_delta(
+                    base,
+                    self.artefact.merged[name].to(base.device),
+                    self.artefact.masks[self.expert][name].words.to(base.device),
+                    self.artefact.scales[self.expert],
+                )
+            )

@@ -12,9 +12,10 @@ from graftwork.console import Console
 from graftwork.merge.experts import Experts
 from graftwork.merge.masks import Bits, pack
 from graftwork.merge.method import MergeMethod, Piece
-from graftwork.merge.signs import disjoint, elect
 from graftwork.merge.sums import row_sums
 from graftwork.merge.trim import Trim
+from graftwork_kernels import announce
+from graftwork_kernels.ties_merge import ties_merge
 
 from graftwork_mmer.options import MmerOptions
 from graftwork_mmer.rules import RULES, ScaleSums, stored
@@ -61,6 +62,7 @@ class MmerMethod(MergeMethod):
             refuse_merged(zip(experts.names, experts.refs, strict=True))
         self.dtype = torch.float32 if self.options.store == "float32" else experts.dtype
         self._last = None
+        announce(console.say, "cpu")
         self.trim.begin(experts, console)
         self.scales = dict.fromkeys(experts.names, 1.0)
         if self.options.scale != "none":
@@ -73,8 +75,7 @@ class MmerMethod(MergeMethod):
     def merge(self, piece: Piece) -> torch.Tensor:
         """Return the merged difference u, as it is stored."""
         if self._last is None or self._last[0] is not piece:
-            kept = self.trim(piece)
-            found = disjoint(kept, elect(kept), self.options.aggregate)
+            found = ties_merge(piece.deltas, *self.trim.limits(piece), self.options.aggregate)
             if self.options.alpha != 1:
                 found = found * self.options.alpha
             self._last = (piece, stored(found, self.dtype))

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from graftwork import UserError
+from graftwork_kernels.dispatch import fused
+from graftwork_kernels.masked_delta_linear import masked_delta_linear
 from torch import nn
 
-from graftwork_mmer.expand import added
-from graftwork_mmer.routed.deltas import Deltas
+from graftwork_mmer.routed.deltas import Deltas, Masks
 from graftwork_mmer.routed.plan import Key, Plan
 
 
@@ -26,7 +27,9 @@ class MaskedDelta(nn.Module):
     """``y_t = f(x_t; W0 + m_r(t) U)`` for a module f that treats every token by itself.
 
     W0 is shared by all routes; a weight is formed in float32 and rounded once, to the model's precision. Tokens of one
-    key are computed together. By default weights are formed for every call, with ``materialize`` once per key.
+    key are computed together. By default weights are formed for every call, with ``materialize`` once per key. On a GPU
+    those of a linear are formed in registers, by :func:`graftwork_kernels.masked_delta_linear.masked_delta_linear`,
+    unless a key is a mean.
 
     Args:
         inner: the module of the base, kept and frozen.
@@ -41,6 +44,7 @@ class MaskedDelta(nn.Module):
         self.names, self.text = dict(names), text
         self._shared = [shared]  # In a list: it is no part of this module.
         self._dense: dict[Key, dict[str, torch.Tensor]] = {}
+        self._last: tuple[tuple[Key, ...], Masks | None] | None = None
 
     def requires_grad_(self, requires_grad: bool = True) -> MaskedDelta:
         """Refuse to be trained.
@@ -71,6 +75,9 @@ class MaskedDelta(nn.Module):
                 raise RuntimeError("a merged model is frozen, and one of its weights asks for gradients")
         # The head sees the last tokens only where no other logits are wanted.
         places = plan.text[:, None].expand(x.shape[:2]) if self.text else plan.tokens
+        masks = self._masks(plan.keys, x)
+        if masks is not None:
+            return self._fused(masks, plan.keys, x, places)
         used = places.unique().tolist()
         if len(used) == 1:
             return self._call(plan.keys[used[0]], x, *args, **kwargs)
@@ -86,6 +93,30 @@ class MaskedDelta(nn.Module):
         assert found is not None
         return found.unflatten(0, x.shape[:2])
 
+    def _masks(self, keys: tuple[Key, ...], x: torch.Tensor) -> Masks | None:
+        """Return the masks of a linear's weight where a kernel takes them as they are, those of the last keys."""
+        shared = self._shared[0]
+        full = self.names.get("weight")
+        if shared.materialize or full is None or not isinstance(self.inner, nn.Linear) or not fused(x):
+            return None
+        if self._last is None or self._last[0] != keys:
+            self._last = (keys, shared.deltas.masks(full, keys))
+        return self._last[1]
+
+    def _fused(
+        self, masks: Masks, keys: tuple[Key, ...], x: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute all tokens at once; no weight of a key is formed in memory."""
+        weight, bias = self.inner.get_parameter("weight"), self.inner.bias
+        out = masked_delta_linear(x, weight, masks.merged, masks.words, places.contiguous(), masks.scales)
+        if bias is None:
+            return out
+        biases = [self.inner.get_parameter("bias").detach()] * len(keys)
+        if "bias" in self.names:
+            own = [self._shared[0].deltas.rebuilt(self.names["bias"], key, biases[0]) for key in keys]
+            biases = [base if mine is None else mine for base, mine in zip(biases, own, strict=True)]
+        return out + torch.stack(biases)[places]
+
     def _call(self, key: Key, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         weights = self.weights(key)
         if not weights:
@@ -98,10 +129,9 @@ class MaskedDelta(nn.Module):
             return self._dense[key]
         shared, found = self._shared[0], {}
         for name, full in self.names.items():
-            delta = shared.deltas.delta(full, key)
-            if delta is not None:
-                base = self.inner.get_parameter(name).detach()
-                found[name] = added(base, delta.view(base.shape))
+            weight = shared.deltas.rebuilt(full, key, self.inner.get_parameter(name).detach())
+            if weight is not None:
+                found[name] = weight
         if shared.materialize:
             self._dense[key] = found
         return found
