@@ -11,6 +11,7 @@ input; all are optional. Codes and zero points are packed as compressed-tensors'
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -92,16 +93,18 @@ def unpacked(
     wide = torch.promote_types(dtype, torch.float32)
     codes = _codes(packed, bits)[:, :columns].to(wide).unflatten(1, (scale.shape[1], -1))
     if zero is None:
-        middle: Tensor | int = 1 << (bits - 1)
+        codes = codes.sub_(1 << (bits - 1))
     else:
-        middle = _codes(zero.t(), bits)[:, : len(packed)].t().to(wide).unsqueeze(-1)
-    return ((codes - middle) * scale.to(wide).unsqueeze(-1)).flatten(1).to(dtype)
+        codes = codes.sub_(_codes(zero.t(), bits)[:, : len(packed)].t().to(wide).unsqueeze(-1))
+    return codes.mul_(scale.to(wide).unsqueeze(-1)).flatten(1).to(dtype)
 
 
 def _codes(words: Tensor, bits: int) -> Tensor:
-    """Return the unsigned codes (rows x values) of words (rows x words)."""
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
+    """Return the unsigned codes (rows x values; uint8) of words (rows x words): bytes are split, not words."""
+    parts = words.contiguous().view(torch.uint8)
+    if sys.byteorder == "big" and not words.is_cuda:
+        parts = parts.unflatten(1, (-1, 4)).flip(-1).flatten(1)
+    return torch.stack([(parts >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1).flatten(1)
 
 
 def _check(
