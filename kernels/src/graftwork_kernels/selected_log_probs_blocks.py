@@ -134,11 +134,18 @@ def backward(
     blocks = _Blocks(hidden, weight, bias)
     of_hidden, of_weight, of_bias = found
     labels = labels.long()
-    of_rows = hidden.new_zeros(hidden.shape if wanted[0] else (0,), dtype=blocks.sums)
+    if not len(hidden):
+        of_weight.zero_()
+    # Sums are exact and rounded once; where that is the gradient's own dtype they stand in it from the start.
+    of_rows = of_hidden if blocks.same else torch.empty_like(of_hidden, dtype=blocks.sums)
+    of_words = (
+        of_weight
+        if blocks.same
+        else of_weight.new_empty(min(COLUMNS, len(weight)), hidden.shape[1], dtype=blocks.sums)
+    )
     for columns in blocks.columns():
         size = columns.stop - columns.start
-        # A block of the weight's gradient is summed exactly and written once.
-        of_block = hidden.new_zeros(size if wanted[1] else 0, hidden.shape[1], dtype=blocks.sums)
+        of_block = of_words[columns] if blocks.same else of_words[:size]
         of_bias_block = hidden.new_zeros(size, dtype=blocks.sums)
         for rows in blocks.rows():
             z = blocks.logits(rows, columns).sub_(normaliser[rows, None])
@@ -155,20 +162,24 @@ def backward(
                 of_bias_block += of_logits.sum(0)
             of_logits = blocks.rounded(of_logits)
             if wanted[1]:
-                _add_product(of_block, of_logits.T, hidden[rows])
+                _add_product(of_block, of_logits.T, hidden[rows], first=rows.start == 0)
             if wanted[0]:
-                _add_product(of_rows[rows], of_logits, weight[columns])
-        if wanted[1]:
+                _add_product(of_rows[rows], of_logits, weight[columns], first=columns.start == 0)
+        if wanted[1] and not blocks.same and len(hidden):
             of_weight[columns] = of_block
         if wanted[2]:
             of_bias[columns] = of_bias_block
-    if wanted[0]:
+    if wanted[0] and not blocks.same:
         of_hidden.copy_(of_rows)
 
 
-def _add_product(target: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Add ``one @ other`` to ``target``, which is in the dtype of sums."""
+def _add_product(
+    target: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *, first: bool = False
+) -> None:
+    """Add ``one @ other`` to ``target``, which is in the dtype of sums; put it there where it is the ``first``."""
     if target.dtype == one.dtype:
-        target.addmm_(one, other)
+        target.addmm_(one, other, beta=0 if first else 1)
+    elif first:
+        target.copy_(one @ other)
     else:
         target += one @ other
