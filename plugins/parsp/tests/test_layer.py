@@ -8,10 +8,10 @@ import pytest
 import torch
 from graftwork import UserError
 from graftwork.testing.models import tiny_model
+from graftwork_kernels.region_update import fold_rows
 from graftwork_parsp import Basis, ParspConfig, find_mlps, fold, top_directions
 from graftwork_parsp.layer import ColumnDelta, RowDelta
 from graftwork_parsp.model import layers_of
-from graftwork_parsp.nullspace import project
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -307,7 +307,7 @@ def test_merging_task_by_task_leaks_more_than_merging_once() -> None:
     u = torch.linalg.qr(span.T).Q
     once, each = torch.zeros(64, 128), weight.clone()
     for _ in range(20):
-        change = project(3e-3 * torch.randn(64, 128, generator=generator), basis.matrix, basis.complement)
+        change = fold_rows(3e-3 * torch.randn(64, 128, generator=generator), basis.matrix, basis.complement)
         once += change
         each = (each.float() + change).bfloat16()
     merged = (weight.float() + once).bfloat16()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftwork_parsp.nullspace import Basis, Sketch, project, top_directions
+from graftwork_kernels.region_update import fold_rows
+from graftwork_parsp.nullspace import Basis, Sketch, top_directions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ def draw(seed: int, rows: int, width: int, *, decay: float = 0.8) -> torch.Tenso
 
 def dense(basis: Basis) -> torch.Tensor:
     """Return P (d x d)."""
-    return project(torch.eye(basis.width).double(), basis.matrix.double(), basis.complement)
+    return fold_rows(torch.eye(basis.width).double(), basis.matrix.double(), basis.complement)
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,7 +83,7 @@ def test_eps_zero_protects_exactly_the_span() -> None:
 def test_without_a_past_nothing_is_protected() -> None:
     theta = torch.randn(3, 8)
     empty = Basis.empty(8)
-    assert torch.equal(project(theta, empty.matrix, empty.complement), theta)
+    assert torch.equal(fold_rows(theta, empty.matrix, empty.complement), theta)
     assert top_directions(torch.zeros(8, 8), 0.1).k == 0
 
 
@@ -93,7 +94,7 @@ def test_both_forms_of_the_projection_agree(seed: int, k: int) -> None:
     x = draw(seed, 64, 16, decay=0.9)
     vectors = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
     theta = torch.randn(4, 16, dtype=torch.float64)
-    short, long = project(theta, vectors[:, :k], False), project(theta, vectors[:, k:], True)
+    short, long = fold_rows(theta, vectors[:, :k], False), fold_rows(theta, vectors[:, k:], True)
     torch.testing.assert_close(short, long, rtol=0, atol=1e-12)
 
 
@@ -108,14 +109,14 @@ def test_the_bound_on_what_earlier_inputs_see(seed: int, k: int) -> None:
     basis = top_directions(moment, eps)
     assert basis.k == k
     theta = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    change = project(theta, basis.matrix.double(), basis.complement)
+    change = fold_rows(theta, basis.matrix.double(), basis.complement)
     measured = (x @ change.T).square().sum(1).mean()
     bound = theta.square().sum() * energies[k]
     torch.testing.assert_close(measured, torch.trace(change @ moment @ change.T))
     assert measured <= bound * (1 + 1e-5)
     # Reached by a rank-one Theta along the eigenvector k + 1.
     vector = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, k]
-    along = project(
+    along = fold_rows(
         torch.outer(torch.arange(1.0, 6).double(), vector), basis.matrix.double(), basis.complement
     )
     reached = (x @ along.T).square().sum(1).mean()

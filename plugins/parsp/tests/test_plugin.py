@@ -15,9 +15,9 @@ from graftwork.data.stream import build_stream
 from graftwork.evaluate.answers import score_task
 from graftwork.testing.models import tiny_checkpoint, tiny_model, tiny_tokenizer
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
+from graftwork_kernels.region_update import fold_rows
 from graftwork_parsp import stream as stream_module
 from graftwork_parsp.model import layers_of
-from graftwork_parsp.nullspace import project
 from graftwork_parsp.options import ParspOptions
 from graftwork_parsp.past import Past
 from graftwork_parsp.plugin import Parsp
@@ -318,7 +318,7 @@ def test_a_half_precision_base(run: Callable[..., Path], tmp_path: Path) -> None
         basis = bases[key.rpartition(".")[0]]
         assert 0 < basis.k < 32
         assert change.norm() > 1e-3
-        kept = project(change, basis.matrix.double(), basis.complement)
+        kept = fold_rows(change, basis.matrix.double(), basis.complement)
         assert (change - kept).norm() < 1e-5 * change.norm()
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from graftwork_kernels.region_update import fold_rows
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from graftwork_parsp.neurons import Mlp, base_of
-from graftwork_parsp.nullspace import Basis, project
+from graftwork_parsp.nullspace import Basis
 from graftwork_parsp.regions import Region
 
 
@@ -78,4 +79,4 @@ class ProjectedRows:
 
 def _project(rows: torch.Tensor, basis: Basis) -> torch.Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return project(rows.to(wide), basis.matrix.to(wide), basis.complement)
+    return fold_rows(rows.to(wide), basis.matrix.to(wide), basis.complement)

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from graftwork import UserError
+from graftwork_kernels.region_update import fold_rows, region_update_
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from graftwork_parsp.config import ParspConfig
 from graftwork_parsp.neurons import sizes
-from graftwork_parsp.nullspace import Basis, project
+from graftwork_parsp.nullspace import Basis
 from graftwork_parsp.regions import core_size
 
 _TRAINED = ("parsp_theta", "parsp_theta_A", "parsp_theta_B")
@@ -165,7 +165,7 @@ class RowDelta(nn.Module, BaseTunerLayer):
             return self._project(theta, self.parsp_basis[name], bool(self.parsp_complement[name]))
 
     def _project(self, theta: torch.Tensor, basis: torch.Tensor, complement: bool) -> torch.Tensor:
-        return project(theta, basis, complement)
+        return fold_rows(theta, basis, complement)
 
     def total(self, name: str) -> torch.Tensor:
         """Return D + Theta P (rows x d)."""
@@ -203,11 +203,8 @@ class RowDelta(nn.Module, BaseTunerLayer):
     def _add_change(
         self, y: torch.Tensor, x: torch.Tensor, total: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        change = F.linear(x.to(total.dtype), total).to(y.dtype)
-        if self._plain:
-            # In place: a linear layer needs its output for nothing, and the rest of it is many times larger.
-            return y.index_add_(-1, rows, change)
-        return y.index_add(-1, rows, change)
+        # In place: a linear layer needs its output for nothing, and the rest of it is many times larger.
+        return region_update_(y if self._plain else y.clone(), x, total, rows)
 
     @property
     def _plain(self) -> bool:
@@ -299,7 +296,7 @@ class ColumnDelta(RowDelta):
         return len(core)
 
     def _project(self, theta: torch.Tensor, basis: torch.Tensor, complement: bool) -> torch.Tensor:
-        return project(theta.T, basis, complement).T
+        return fold_rows(theta.T, basis, complement).T
 
     @property
     def _transposed(self) -> bool:

@@ -34,12 +34,6 @@ class Basis:
         return cls(torch.zeros(width, 0), 0)
 
 
-def project(theta: torch.Tensor, matrix: torch.Tensor, complement: bool) -> torch.Tensor:
-    """Return Theta P for rows ``theta`` (n x d), as two thin products: Theta - (Theta U) U^T, or (Theta V) V^T."""
-    inside = (theta @ matrix) @ matrix.T
-    return inside if complement else theta - inside
-
-
 def top_directions(moment: torch.Tensor, eps: float) -> Basis:
     """Return the smallest leading eigenspace of ``moment`` (d x d) outside of which lies at most ``eps`` of its energy.
 

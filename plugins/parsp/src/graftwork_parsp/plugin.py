@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from graftwork import AreaChart, GradientTransform, UserError, hookimpl
+from graftwork_kernels import announce
 
 from graftwork_parsp.config import ParspConfig
 from graftwork_parsp.model import set_targets
@@ -88,6 +89,7 @@ class Parsp:
 
     @hookimpl
     def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
+        announce(run.console.say, trainer.args.device)
         self.stream.begin(run, task, trainer)
 
     @hookimpl
