@@ -16,6 +16,7 @@ Rounding is half to even; scales are at least ``floor``. The equations are the u
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -208,12 +209,16 @@ def turned(x: Tensor, diagonal: Tensor | None, block: int, core: Tensor | None) 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes (..., d; int8) as words (..., ceil(d b / 32); int32), in compressed-tensors' order."""
-    per_word = 32 // bits
-    filling = -codes.shape[-1] % per_word
-    # Filling is zero after the shift of the codes.
-    values = torch.nn.functional.pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, filling))
-    shifts = torch.arange(per_word, device=codes.device, dtype=torch.int32) * bits
-    return (values.unflatten(-1, (-1, per_word)) << shifts).sum(-1, dtype=torch.int32)
+    # Bytes are filled, then read as words; what fills up the last word is zero after the shift of the codes.
+    values = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))
+    values = torch.nn.functional.pad(values, (0, -codes.shape[-1] % (32 // bits)))
+    parts = values.unflatten(-1, (-1, 8 // bits)).unbind(-1)
+    filled = parts[0]
+    for number, part in enumerate(parts[1:], 1):
+        filled = filled | (part << (number * bits))
+    if sys.byteorder == "big" and not codes.is_cuda:
+        filled = filled.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+    return filled.contiguous().view(torch.int32)
 
 
 class _Straight(torch.autograd.Function):
@@ -237,21 +242,38 @@ def _fake(
     x: Tensor, rounding: Rounding, diagonal: Tensor | None, block: int, core: Tensor | None, high: Tensor | None,
     low: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return ``y^`` in float32 or wider; without gradients in as few passes and as little memory as can be."""
+    """Return ``y^`` in float32 or wider."""
     y = _grouped(turned(x, diagonal, block, core), rounding)
     scale, zero = _scales(y, rounding, high, low)
-    least, most = rounding.levels
-    if torch.is_grad_enabled() and (y.requires_grad or scale.requires_grad):
-        u = y / scale if zero is None else y / scale + zero
-        codes = round_ste(u.clamp(least, most))
-        return ((codes if zero is None else codes - zero) * scale).reshape(x.shape)
-    codes = y / scale
-    if zero is not None:
-        codes.add_(zero)
-    codes.clamp_(least, most).round_()
-    if zero is not None:
-        codes.sub_(zero)
-    return codes.mul_(scale).reshape(x.shape)
+    return _RoundTrip.apply(y, scale, zero, *rounding.levels).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _RoundTrip(torch.autograd.Function):
+    """``(q - zero) scale`` in as few passes and as little memory as can be, rounding straight-through."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, zero: Tensor | None, least: int, most: int) -> Tensor:
+        codes = y / scale
+        if zero is not None:
+            codes.add_(zero)
+        codes = round_ste(codes.clamp_(least, most))
+        if zero is not None:
+            codes.sub_(zero)
+        ctx.levels = least, most
+        ctx.save_for_backward(y, scale, zero, codes)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (y, scale, zero, codes), (least, most) = grads, ctx.saved_tensors, ctx.levels
+        plain = y / scale
+        exact = plain if zero is None else plain + zero
+        inside = (exact >= least).logical_and_(exact <= most)
+        of_y = grad * inside
+        of_scale = (grad * codes).sub_(plain.mul_(of_y)).sum(-1, keepdim=True)
+        if zero is None:
+            return of_y, of_scale, None, None, None
+        return of_y, of_scale, (of_y - grad).sum(-1, keepdim=True) * scale, None, None
 
 
 def _scales(
