@@ -10,11 +10,14 @@ import pytest
 import torch
 from graftwork import UserError, recipe
 from graftwork.cli import main
+from graftwork.console import Console
 from graftwork.generate import Decoding, Prompt, Trace, decode, generate
 from graftwork.plugins import Plugins
+from graftwork.run import Run
 from graftwork.testing.models import tiny_model, tiny_tokenizer
 from graftwork_coiecd import CONFORMING, LOWER, UPPER
 from graftwork_coiecd import __file__ as package
+from graftwork_kernels import dispatch
 from peft import LoraConfig, get_peft_model
 
 TOKENIZER = tiny_tokenizer()
@@ -24,6 +27,7 @@ PAIRS = [
     Prompt("a b", "a longer prompt without the context"),
 ]
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2}
+JOB = recipe.Job(model={"ref": "tiny"}, data={"source": "none"})
 RECIPE = Path(package).parent / "recipes/claim.yaml"
 
 
@@ -36,8 +40,18 @@ def sharp(kind: str = "llama", **changes: Any) -> Any:
 
 
 def by(model: Any, **options: Any) -> Decoding:
-    run = type("Run", (), {"plugins": Plugins.from_options({"coiecd": options})})()
-    return Decoding.from_plugins(run, model)  # type: ignore[arg-type]
+    run = Run(Path(), JOB, Plugins.from_options({"coiecd": options}))
+    return Decoding.from_plugins(run, model)
+
+
+def test_the_path_of_the_kernels_is_said_to_the_user(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    plugins, model = Plugins.from_options({"coiecd": {}}), tiny_model()
+    for console in (Console(enabled=False), Console(), Console()):
+        Decoding.from_plugins(Run(Path(), JOB, plugins, console=console), model)
+    assert capsys.readouterr().err.count(f"kernels: {dispatch.path_of('cpu')}") == 1
 
 
 def write(model: Any, prompts: list[Prompt] = PAIRS, decoding: Decoding | None = None, **options: Any) -> Any:
@@ -186,7 +200,7 @@ def test_two_combiners_and_encoders_are_refused() -> None:
     with pytest.raises(UserError, match="needs a decoder-only model; t5"):
         write(model, decoding=by(model))
     plugins = Plugins.from_options({"coiecd": {}, "cad": {}})
-    run = type("Run", (), {"plugins": plugins})()
+    run = Run(Path(), JOB, plugins)
     with pytest.raises(UserError, match="a combiner of two prompts"):
         Decoding.from_plugins(run, model)  # type: ignore[arg-type]
 

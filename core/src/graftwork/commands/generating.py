@@ -55,7 +55,7 @@ def generate(
     _check_flags(records, settings.options, stream, output, resume, trace)
     document = Document({"model": model, "data": "none", "seed": seed % 2**32}, {}, "generate")
     job = expand(document, sets=settings.of_job, plugins=plugins).jobs[0].job
-    run = Run(Path(), job, Plugins.from_options(job.plugins))
+    run = Run(Path(), job, Plugins.from_options(job.plugins), console=Console())
     if not run.plugins.implements("combiner"):
         for flag, value in (("--trace", trace), ("--rows", rows)):
             if value:

@@ -181,5 +181,5 @@ def _loaded(job: Job) -> tuple[Run, Any]:
     from graftwork.train.job import quiet_libraries
 
     quiet_libraries()
-    run = Run(Path(), job, Plugins.from_options(job.plugins))
+    run = Run(Path(), job, Plugins.from_options(job.plugins), console=Console())
     return run, load_for_use(job.model)[0]

@@ -13,16 +13,25 @@ def log_probabilities(main: torch.Tensor, contrast: torch.Tensor) -> tuple[torch
     Raises:
         UserError: in a row of either no token has a finite logit, or one is not a number or infinite.
     """
-    for name, logits in (("main", main), ("contrast", contrast)):
-        # The largest logit is finite where the row has a distribution: NaN and infinity both show in it.
-        bad = ~torch.isfinite(logits.amax(-1))
+    # The largest logit is finite where the row has a distribution: NaN and infinity both show in it.
+    check_distributions(main.amax(-1), contrast.amax(-1))
+    return main.log_softmax(-1), contrast.log_softmax(-1)
+
+
+def check_distributions(main: torch.Tensor, contrast: torch.Tensor) -> None:
+    """Refuse rows without a distribution: their largest logit, or their log-sum-exp (B each), is not finite.
+
+    Raises:
+        UserError: see :func:`log_probabilities`.
+    """
+    for name, of_rows in (("main", main), ("contrast", contrast)):
+        bad = ~torch.isfinite(of_rows)
         if bad.any():
             row = int(torch.nonzero(bad)[0])
             raise UserError(
                 f"the {name} prompt's logits of row {row + 1} are no distribution: a row needs finite numbers, "
                 f"with -inf for tokens that are ruled out"
             )
-    return main.log_softmax(-1), contrast.log_softmax(-1)
 
 
 def log_ratio(main: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:

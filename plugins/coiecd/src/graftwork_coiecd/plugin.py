@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from graftwork import Benchmark, Combiner, hookimpl
+from graftwork_kernels import announce
 
 from graftwork_coiecd.options import CoiecdOptions
 
@@ -25,6 +26,9 @@ class CoiecdPlugin:
     @hookimpl
     def combiner(self, run: Run, model: PreTrainedModel) -> Combiner:
         method = self.options.method
+        # A run that is only checked has nobody to tell.
+        if run.console.enabled:
+            announce(run.console.say, model.device)
         return Combiner("coiecd", method.scores, explain=method.explain)
 
     @hookimpl

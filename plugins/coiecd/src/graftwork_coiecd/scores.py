@@ -23,7 +23,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from graftwork.generate.contrast import log_probabilities, tilt
+from graftwork.generate.contrast import check_distributions, check_left
+from graftwork_kernels.constrained_logits import (
+    Constrained,
+    constrained_logits,
+    ratio_bounds,
+    violating,
+)
 
 Constraint = Literal["softmax", "band"]
 LOWER, UPPER, CONFORMING = "violating: likely", "violating: unlikely", "conforming"
@@ -36,12 +42,7 @@ def bounds(main: torch.Tensor, ratio: float) -> Sets:
     A row with exactly one token beyond the lower bound has none (official code, which looks at the batch's
     first row only; here every row for itself). Tokens that are -inf are in neither set.
     """
-    possible = main > -torch.inf
-    margin = math.log(ratio)
-    lower = possible & (main > main.amax(-1, keepdim=True) - margin)
-    lower &= lower.sum(-1, keepdim=True) != 1
-    least = main.masked_fill(~possible, torch.inf).amin(-1, keepdim=True)
-    return lower, possible & (main < least + margin)
+    return violating(main, *ratio_bounds(main, math.log(ratio)), banded=False)
 
 
 def band(main: torch.Tensor, contrast: torch.Tensor, gamma: float) -> Sets:
@@ -50,11 +51,14 @@ def band(main: torch.Tensor, contrast: torch.Tensor, gamma: float) -> Sets:
     Ours, after the paper's proposition as its readers give it: a token without conflict keeps
     ``|-l2 - H1| < gamma``. Here the entropy matters.
     """
-    l2, l1 = log_probabilities(main, contrast)
-    shift = -l2 - entropy(l1)
-    possible = main > -torch.inf
-    lower = possible & (shift <= -gamma)
-    return lower, possible & (shift >= gamma) & ~lower
+    found = _checked(constrained_logits(main, contrast, gamma=gamma))
+    lower, upper = violating(main, found.above, found.below, banded=True)
+    return lower, upper & ~lower
+
+
+def _checked(found: Constrained) -> Constrained:
+    check_distributions(found.main_normaliser, found.contrast_normaliser)
+    return found
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
@@ -85,12 +89,13 @@ class Coiecd:
         """Return scores on the scale of ``main``, B x V.
 
         Raises:
-            UserError: see :func:`graftwork.generate.contrast.tilt`.
+            UserError: see :func:`graftwork.generate.contrast.check_distributions` and ``check_left``.
         """
-        lower, upper = self.sets(main, contrast)
-        based_on_context = (lower | upper) ^ self.swapped
-        weight = torch.where(based_on_context, main.new_tensor(self.alpha), main.new_tensor(self.alpha - 1.0))
-        return tilt(main, contrast, weight)
+        gamma = None if self.constraint == "softmax" else self.gamma
+        found = constrained_logits(
+            main, contrast, alpha=self.alpha, ratio=self.ratio, gamma=gamma, swapped=self.swapped
+        )
+        return check_left(_checked(found).scores)
 
     def explain(self, main: torch.Tensor, contrast: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Return which set every token is in, bool B x V each; a token may be in both violating ones."""
