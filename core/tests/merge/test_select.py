@@ -28,6 +28,12 @@ def pieces(deltas: torch.Tensor, step: int) -> Iterator[Piece]:
 
 def kept(deltas: torch.Tensor, keep: int, step: int) -> list[torch.Tensor]:
     cuts = largest(lambda: pieces(deltas, step), keep, len(deltas))
+    for piece in pieces(deltas, step):
+        for index, cut in enumerate(cuts):
+            size, end = piece.deltas[index].abs().flatten(), cut.end(piece)
+            first = torch.arange(len(size)) < end
+            found = (size > cut.value) | ((size == cut.value) & first)
+            assert torch.equal(found, cut.keeps(piece, index).flatten())
     return [
         torch.cat([cut.keeps(piece, index).flatten() for piece in pieces(deltas, step)])
         for index, cut in enumerate(cuts)

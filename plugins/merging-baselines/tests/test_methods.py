@@ -15,6 +15,7 @@ from graftwork.console import Console
 from graftwork.merge.experts import Experts
 from graftwork.merge.masks import Bits, unpack
 from graftwork.merge.method import MergeMethod, Piece
+from graftwork.merge.signs import disjoint, elect
 from graftwork.testing.experts import open_tiny
 from graftwork_merging_baselines.average import AverageMethod, AverageOptions
 from graftwork_merging_baselines.consensus import ConsensusMethod, ConsensusOptions
@@ -121,6 +122,15 @@ def test_ties_keeps_exactly_as_many_as_asked(experts: Experts) -> None:
     method = begun(TiesMethod(TiesOptions(keep=0.137)), experts)
     kept = sum(method.trim(piece).count_nonzero(dim=(1, 2)) for piece in experts.pieces())
     assert kept.tolist() == [math.ceil(0.137 * experts.count)] * 3
+
+
+@pytest.mark.parametrize("how", ["mean", "sum", "max"])
+def test_ties_is_its_steps_byte_for_byte(experts: Experts, how: Any) -> None:
+    """Trim, elect and merge in one op give what they give one after the other, also where sizes are equal."""
+    method = begun(TiesMethod(TiesOptions(keep=0.137, aggregate=how)), experts)
+    for piece in experts.pieces():
+        kept = method.trim(piece)
+        assert torch.equal(method.merge(piece), disjoint(kept, elect(kept), how))
 
 
 # ---------------------------------------------------------------------- DARE

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU kernels run in Triton's interpreter, which must be said before Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from graftwork.cli import main
 from graftwork.testing.experts import tiny_experts
 

@@ -10,6 +10,7 @@ import torch
 from graftwork import UserError
 from graftwork.models import load_model
 from graftwork.testing.experts import merge_tiny, open_tiny, tiny_experts
+from graftwork_kernels import dispatch
 from graftwork_mmer import Artefact, KeptDeltas, MaskedDeltas, MmerMethod, MmerOptions, RoutedModel
 from graftwork_mmer.routed.layer import MaskedDelta
 from graftwork_mmer.routed.plan import Key, text_key
@@ -133,6 +134,25 @@ def test_both_modes_agree(half_family: Family) -> None:
         assert torch.equal(one.weights(key)["weight"], other.weights(key)["weight"])
     assert not one._dense
     assert len(other._dense) >= 4
+
+
+def test_the_kernel_computes_what_dense_weights_do(tmp_path: Path) -> None:
+    """Its linears have biases, which have differences of their own."""
+    if not dispatch.INTERPRETED:
+        pytest.skip("Triton does not interpret here")
+    model = routed(tiny_experts(tmp_path, ["a", "b"], kind="qwen2"))
+    routes = torch.tensor([[1, 1, 0, 2, 2, 0, 0], [2, 0, 0, 2, 0, 1, 1]])
+    linear = model.model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(linear, MaskedDelta)
+    # A mean is no mask: its weights are formed, by the kernel of a masked merge where there is one expert.
+    for policy, is_mask in (("union", True), ("mean", False)):
+        model.text_route = policy
+        expected = model(IDS, route_ids=routes).logits
+        with dispatch.interpreting():
+            found = model(IDS, route_ids=routes).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert linear._last is not None
+        assert (linear._last[1] is not None) == is_mask
 
 
 def test_embeddings_and_head_follow_the_text(family: Family, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class EmrMethod(MergeMethod):
 
     def merge(self, piece: Piece) -> torch.Tensor:
         """Return the unified difference, as it is stored."""
+        # Without a threshold the steps of core are the faster ones on a CPU, where pieces are.
         return disjoint(piece.deltas, elect(piece.deltas), "max").to(self.dtype).float()
 
     def expert(self, piece: Piece, index: int) -> torch.Tensor:
