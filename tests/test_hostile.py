@@ -271,7 +271,7 @@ def quietly(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "Traceback" not in told
 
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

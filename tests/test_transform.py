@@ -92,16 +92,14 @@ def test_a_bound_on_memory_moves_hidden_states_to_disk(trainer: Any, words: Word
 # ---------------------------------------------------------------------- cut off
 
 
-def test_killed_at_five_moments_gives_the_same_bytes(trainer: Any, words: Words, tmp_path: Path) -> None:
+def test_killed_at_three_moments_gives_the_same_bytes(trainer: Any, words: Words, tmp_path: Path) -> None:
     settings = {"evaluation": "random", "evaluation_window": 32}
     assert trainer(*words(tmp_path / "whole", **settings)).code == 0
     cut = words(tmp_path / "cut", **settings)
     work = tmp_path / "cut/work"
     moments: list[Callable[[], bool]] = [
-        (tmp_path / "cut/manifest.json").exists,
         (work / "hidden/calibration/00001").exists,
         lambda: len(list(work.glob("model-*.safetensors"))) >= 4,
-        (work / "hidden/evaluation/00005").exists,
         lambda: len(list(work.glob("model-*.safetensors"))) >= LAYERS + 2,
     ]
     for number, moment in enumerate(moments):

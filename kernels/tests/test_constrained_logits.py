@@ -35,10 +35,20 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         request.getfixturevalue("kernels")
         from graftwork_kernels import constrained_logits_triton as kernels
 
-        # Several blocks in a part and several parts in a row, of which the last ones are smaller.
+        # Two blocks in the only part of a row, of which the second is smaller: few programs, for they take long.
+        monkeypatch.setattr(kernels, "BLOCK", 256)
+        monkeypatch.setattr(kernels, "PART", 512)
+    return request.param
+
+
+@pytest.fixture
+def many_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut rows into several parts of two blocks, the last ones smaller."""
+    if path == "triton":
+        from graftwork_kernels import constrained_logits_triton as kernels
+
         monkeypatch.setattr(kernels, "BLOCK", 128)
         monkeypatch.setattr(kernels, "PART", 256)
-    return request.param
 
 
 def streams(
@@ -84,9 +94,10 @@ def assert_like_the_reference(main: torch.Tensor, contrast: torch.Tensor, **sett
     assert near.double().mean() < 0.05 or main.numel() < 10
 
 
+@pytest.mark.usefixtures("many_parts")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("setting", SETTINGS[:2] + SETTINGS[4:5])
+@pytest.mark.parametrize("setting", SETTINGS[1:5:3])
 def test_all_fields(
     shape: tuple[int, int], dtype: torch.dtype, setting: dict[str, Any], path: str, device: torch.device
 ) -> None:
@@ -94,14 +105,10 @@ def test_all_fields(
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("ruled_out", [0.0, 0.4])
-def test_all_settings_and_what_is_ruled_out(
-    setting: dict[str, Any], ruled_out: float, path: str, device: torch.device
-) -> None:
-    main, contrast = streams(3, 300, torch.float32, device, ruled_out=ruled_out)
-    if ruled_out:
-        main[0, :200] = contrast[1, :200] = -torch.inf
-        main[0, 250] = main[1, 250] = 1.0
+def test_all_settings_and_what_is_ruled_out(setting: dict[str, Any], path: str, device: torch.device) -> None:
+    main, contrast = streams(2, 300, torch.float32, device, ruled_out=0.4)
+    main[0, :270] = contrast[1, :270] = -torch.inf
+    main[0, 280] = main[1, 280] = 1.0
     assert_like_the_reference(main, contrast, **setting)
     scores = constrained_logits(main, contrast, **setting).scores
     assert scores[main == -torch.inf].isneginf().all()
@@ -120,6 +127,7 @@ def test_equal_logits_and_large_ones(scale: float, path: str, device: torch.devi
         torch.testing.assert_close(found.entropy, torch.full((3,), math.log(300), device=device))
 
 
+@pytest.mark.usefixtures("many_parts")
 def test_one_token_above_is_none_and_two_of_a_size_are_two(path: str, device: torch.device) -> None:
     main = torch.zeros(4, 400, device=device)
     main[0, 300] = 9.0
@@ -143,7 +151,7 @@ def test_bounds_are_strict(path: str, device: torch.device) -> None:
     assert unlikely.tolist() == [[False, True, True]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_neutral_settings_bit_for_bit(dtype: torch.dtype, path: str, device: torch.device) -> None:
     main, contrast = streams(3, 300, dtype, device, ruled_out=0.2)
     assert torch.equal(constrained_logits(main, contrast, alpha=1.0, ratio=1.0).scores, main)
@@ -170,7 +178,7 @@ def test_what_is_not_contiguous(path: str, device: torch.device) -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS[1:5:3])
 def test_paths_agree(setting: dict[str, Any], device: torch.device, request: pytest.FixtureRequest) -> None:
     main, contrast = streams(3, 300, torch.float32, device, ruled_out=0.1)
     plain = constrained_logits(main.cpu(), contrast.cpu(), **setting)
@@ -181,9 +189,8 @@ def test_paths_agree(setting: dict[str, Any], device: torch.device, request: pyt
 
 
 def test_opcheck(path: str, device: torch.device) -> None:
-    main, contrast = streams(2, 300, torch.float32, device)
-    for banded in (False, True):
-        torch.library.opcheck(op._constrained, (main, contrast, 1.0, 1.4, banded, False))
+    main, contrast = streams(1, 60, torch.float32, device)
+    torch.library.opcheck(op._constrained, (main, contrast, 1.0, 1.4, True, False))
 
 
 def test_compiles_without_a_break_and_does_not_mind_autocast(path: str, device: torch.device) -> None:
