@@ -97,8 +97,10 @@ def _backward(
     tl.store(gated_TR + place, u.to(gated_TR.dtype.element_ty), mask=inside)
 
 
-def _ranks(rank: int) -> int:
-    return min(_RANKS, max(16, triton.next_power_of_2(rank)))
+def _ranks(u_TR: torch.Tensor) -> int:
+    """Return how many ranks a step takes: tiles in fp32 must fit a small GPU's shared memory (99 KiB) too."""
+    most = _RANKS // 2 if u_TR.dtype == torch.float32 else _RANKS
+    return min(most, max(16, triton.next_power_of_2(u_TR.shape[1])))
 
 
 def forward(
@@ -116,7 +118,7 @@ def forward(
     length = tokens // len(gate_BR) if gate_BR is not None else tokens
     _forward[grid](
         base_TO, u_TR, b_OR, u_TR if gate_BR is None else gate_BR, y_TO, tokens, outputs, rank, length, scale,
-        GATED=gate_BR is not None, BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_R=_ranks(rank), num_warps=4,
+        GATED=gate_BR is not None, BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_R=_ranks(u_TR), num_warps=4,
     )  # fmt: skip
     return y_TO
 
@@ -143,7 +145,7 @@ def backward(
     wanted = needs_gate and gate_BR is not None
     of_gate_BTR = torch.empty(rows, tiles, rank, dtype=torch.float32, device=u_TR.device) if wanted else None
     if u_TR.numel():
-        ranks = _ranks(rank)
+        ranks = _ranks(u_TR)
         _backward[(rows * tiles, triton.cdiv(rank, ranks))](
             grad_TO, u_TR, b_OR, u_TR if gate_BR is None else gate_BR, of_u_TR, gated_TR,
             u_TR if of_gate_BTR is None else of_gate_BTR, outputs, rank, length, tiles, scale,
