@@ -242,38 +242,21 @@ def _fake(
     x: Tensor, rounding: Rounding, diagonal: Tensor | None, block: int, core: Tensor | None, high: Tensor | None,
     low: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return ``y^`` in float32 or wider."""
+    """Return ``y^`` in float32 or wider; without gradients in as few passes and as little memory as can be."""
     y = _grouped(turned(x, diagonal, block, core), rounding)
     scale, zero = _scales(y, rounding, high, low)
-    return _RoundTrip.apply(y, scale, zero, *rounding.levels).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class _RoundTrip(torch.autograd.Function):
-    """``(q - zero) scale`` in as few passes and as little memory as can be, rounding straight-through."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, zero: Tensor | None, least: int, most: int) -> Tensor:
-        codes = y / scale
-        if zero is not None:
-            codes.add_(zero)
-        codes = round_ste(codes.clamp_(least, most))
-        if zero is not None:
-            codes.sub_(zero)
-        ctx.levels = least, most
-        ctx.save_for_backward(y, scale, zero, codes)
-        return codes * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (y, scale, zero, codes), (least, most) = grads, ctx.saved_tensors, ctx.levels
-        plain = y / scale
-        exact = plain if zero is None else plain + zero
-        inside = (exact >= least).logical_and_(exact <= most)
-        of_y = grad * inside
-        of_scale = (grad * codes).sub_(plain.mul_(of_y)).sum(-1, keepdim=True)
-        if zero is None:
-            return of_y, of_scale, None, None, None
-        return of_y, of_scale, (of_y - grad).sum(-1, keepdim=True) * scale, None, None
+    least, most = rounding.levels
+    if torch.is_grad_enabled() and (y.requires_grad or scale.requires_grad):
+        u = y / scale if zero is None else y / scale + zero
+        codes = round_ste(u.clamp(least, most))
+        return ((codes if zero is None else codes - zero) * scale).reshape(x.shape)
+    codes = y / scale
+    if zero is not None:
+        codes.add_(zero)
+    codes.clamp_(least, most).round_()
+    if zero is not None:
+        codes.sub_(zero)
+    return codes.mul_(scale).reshape(x.shape)
 
 
 def _scales(
