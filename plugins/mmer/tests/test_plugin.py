@@ -247,11 +247,15 @@ def test_recipes_are_valid(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     path = Path(__file__).parents[1] / "src/graftwork_mmer/recipes/claim.yaml"
     recipe = load(path, size=size)
     arms = {job.arm for job in recipe.jobs}
-    assert {"mmer-k02", "mmer-k05", "average", "ties", "one-bit", "emr", "consensus", "dare"} <= arms
+    merges = {"mmer-k02", "mmer-k05", "average", "ties", "one-bit", "emr", "consensus", "dare", "kept-lora"}
+    assert merges <= arms
+    trained = {one.arm for one in recipe.jobs if one.job.benchmark is None}
+    adapters = {arm for arm in trained if arm.endswith("-lora")}
+    assert {f"{arm}-lora" for arm in trained - adapters} == adapters
     for job in recipe.jobs:
         if job.job.benchmark is not None:
             assert job.job.benchmark["merge"] == {"embeddings": "merge"}
-            assert set(job.needs) == {one.arm for one in recipe.jobs if one.job.benchmark is None}
+            assert set(job.needs) == (adapters if job.arm == "kept-lora" else trained - adapters)
 
 
 def test_questions_have_the_answers_that_they_should() -> None:
