@@ -218,6 +218,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         filled = filled | (part << (number * bits))
     if sys.byteorder == "big" and not codes.is_cuda:
         filled = filled.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+    if not filled.numel():
+        # An empty tensor may keep strides that a view of words does not like.
+        return filled.new_empty((*filled.shape[:-1], filled.shape[-1] // 4), dtype=torch.int32)
     return filled.contiguous().view(torch.int32)
 
 
