@@ -144,7 +144,8 @@ def write(op: str, rows: list[dict[str, object]]) -> Path:
     timed_rows = [row for row in rows if "milliseconds" in row]
     labels = [f"{row['case']} {row['dtype']}\n{row['side']}" for row in timed_rows]
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.36 * len(labels)))
-    axis.barh(labels, [float(str(row["share_of_floor"])) for row in timed_rows], color="#4477aa")
+    colours = ["#4477aa" if row["side"] == "ours" else "#bbccdd" for row in timed_rows]
+    axis.barh(labels, [float(str(row["share_of_floor"])) for row in timed_rows], color=colours)
     axis.axvline(1.0, color="#999999", linewidth=1)
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
