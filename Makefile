@@ -12,7 +12,7 @@ UV = links="$(LINKS)"; [ -z "$$links" ] || export UV_FIND_LINKS="$$links"; $(BIN
 DISTRIBUTIONS := core kernels $(wildcard plugins/*)
 MANIFESTS := pyproject.toml constraints.txt $(foreach d,$(DISTRIBUTIONS),$(d)/pyproject.toml)
 
-.PHONY: setup demo test slow lint bench claims clean
+.PHONY: setup demo test slow lint bench claims check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -58,6 +58,10 @@ bench: $(VENV)/.model
 CLAIMS := sparta:claim parsp:claim cale:claim coiecd:claim d3:claim tpaw:claim recipes/continual/standard.yaml recipes/continual/long.yaml bdq:claim dam:claim mmer:claim mmer:expansion dem:claim-localization dem:claim-editing
 claims: $(VENV)/.model
 	@worst=0; for claim in $(CLAIMS); do $(BIN)/trainer run $$claim --size small || worst=$$?; done; exit $$worst
+
+# Every plugin against the promises that users rely on, its smoke recipe run twice: minutes.
+check: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/trainer plugins check $$($(BIN)/trainer plugins list | tail -n +2 | cut -d' ' -f1)
 
 clean:
 	rm -rf $(VENV) $(OUT)

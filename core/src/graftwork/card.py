@@ -76,6 +76,8 @@ def option_rows(options: Any, prefix: str = "") -> Iterator[dict[str, Any]]:
 def type_words(kind: Any) -> str:
     """Return a type as a user would say it: ``float``, ``a | b``, ``list of int``."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return type_words(inner[0])
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (typing.Union, types.UnionType):

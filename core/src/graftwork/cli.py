@@ -238,6 +238,19 @@ def show_plugin(name: str, as_json: bool) -> None:
     show_plugin(name, as_json)
 
 
+@plugins.command("check")
+@click.argument("names", nargs=-1, required=True)
+@click.option("--static", is_flag=True, help="Leave out what runs the plugin's smoke recipe.")
+def check_plugins(**options: Any) -> None:
+    """Check whether plugins keep what users rely on: metadata, options, recipes, repeatability.
+
+    Exits with 1 where something failed; each failure says what to do.
+    """
+    from graftwork.commands.ecosystem import check_plugins
+
+    sys.exit(check_plugins(**options))
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors, with the options of installed plugins."""

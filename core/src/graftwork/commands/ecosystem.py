@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,24 @@ def show_plugin(name: str, as_json: bool) -> None:
                     f"{row['part']}: {row['source']}", _width(), initial_indent="  ", subsequent_indent="    "
                 )
             )
+
+
+def check_plugins(names: Sequence[str], static: bool) -> int:
+    """Print a verdict for every promise of each plugin; return 0 where none failed, else 1."""
+    from graftwork.console import Console
+    from graftwork.testing.conformance import check
+
+    failed = 0
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="graftwork-check-") as folder:
+            found = check(name, Path(folder), static=static, console=Console())
+        width = max(len(one.name) for one in found)
+        click.echo(f"\n{name}")
+        for one in found:
+            click.echo(f"  {one.name.ljust(width)}  {one.verdict}{f': {one.detail}' if one.detail else ''}")
+        failed += sum(one.verdict == "failed" for one in found)
+    click.echo(f"\n{failed} failed" if failed else "\nnothing failed")
+    return 1 if failed else 0
 
 
 def recipe_schema() -> None:
