@@ -210,6 +210,17 @@ def build_meta(
         return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
+def check_weights(ref: str) -> None:
+    """Refuse a model folder or adapter whose weight files are not what their headers say; no weight is read.
+
+    Raises:
+        UserError: see :func:`resolve` and :func:`graftwork.files.safetensors_header`.
+    """
+    folder = resolve(ref).folder
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else []:
+        safetensors_header(file)
+
+
 # ---------------------------------------------------------------------- folders and adapters
 
 
@@ -225,7 +236,6 @@ def _folder(ref: str, path: Path) -> Source:
             raise UserError(
                 f"adapter '{ref}' has no adapter_model.safetensors; other weight formats are not read"
             )
-        safetensors_header(path / "adapter_model.safetensors")
         return Source(ref, path, adapter=True)
     if not (path / "config.json").is_file():
         raise UserError(
@@ -239,8 +249,6 @@ def _folder(ref: str, path: Path) -> Source:
                 f"it is read, and is refused; convert it to safetensors first"
             )
         raise UserError(f"model folder '{ref}' has no weights (*.safetensors)")
-    for file in sorted(path.glob("*.safetensors")):
-        safetensors_header(file)
     return Source(ref, path)
 
 

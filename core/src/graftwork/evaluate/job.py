@@ -12,7 +12,7 @@ from graftwork.console import Console
 from graftwork.errors import UserError
 from graftwork.evaluate.benchmarks import benchmark_options, find_benchmark, measure, write_files
 from graftwork.files import write_json_atomic
-from graftwork.models import load_config, load_for_use
+from graftwork.models import check_weights, load_config, load_for_use
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job, JobSpec
 from graftwork.run import Run
@@ -43,6 +43,7 @@ def check_evaluation(spec: JobSpec) -> None:
     benchmark_options(benchmark, section, f"{spec.where}: ")
     asked = spec.job.model
     load_config(asked.ref, inline=asked.config, trust_remote_code=asked.trust_remote_code)
+    check_weights(asked.ref)
 
 
 def run_evaluation(

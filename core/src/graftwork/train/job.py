@@ -18,7 +18,7 @@ from graftwork.data.tasks import Task
 from graftwork.errors import PluginError, UserError
 from graftwork.evaluate.perplexity import check_model
 from graftwork.hookspecs import SelfPlay, TrainingAlgorithm
-from graftwork.models import build_meta, check_trainable, load_tokenizer
+from graftwork.models import build_meta, check_trainable, check_weights, load_tokenizer
 from graftwork.plugins import Plugins
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
@@ -108,6 +108,7 @@ def check_job(spec: JobSpec) -> None:
     """
     run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
     plan = Plan.make(run)
+    check_weights(spec.job.model.ref)
     tasks = build_stream(spec.job.data, seed=spec.job.seed, sources=run.plugins.data_sources(run))
     tasks = arranged(run, tasks)
     names = [task.name for task in tasks]
