@@ -12,19 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork_kernels.dispatch import INTERPRETED
+from graftwork_kernels.tiles import dot
 
-# The interpreter multiplies 16-bit operands wrongly; fp32 holds their products.
-_WIDE = tl.constexpr(INTERPRETED)
 _RANKS = 64
-
-
-@triton.jit
-def _dot(a, b, acc):
-    # fp32 operands are multiplied as such, never as TF32: an adapter in fp32 is meant.
-    if _WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -51,7 +41,7 @@ def _forward(
             )
             u = (u.to(tl.float32) * gate).to(u_TR.dtype.element_ty)
         b = tl.load(b_OR + o_wide[:, None] * rank + r[None, :], mask=o_in[:, None] & r_in[None, :], other=0.0)
-        acc = _dot(u, tl.trans(b), acc)
+        acc = dot(u, tl.trans(b), acc)
     place = t_wide[:, None] * outputs + o_wide[None, :]
     inside = t_in[:, None] & o_in[None, :]
     base = tl.load(base_TO + place, mask=inside, other=0.0).to(tl.float32)
@@ -82,7 +72,7 @@ def _backward(
             b_OR + o.to(tl.int64)[:, None] * rank + r[None, :], mask=o_in[:, None] & r_in[None, :], other=0.0
         )
         # Gradient and factor may differ: a layer in half precision with an adapter in fp32.
-        acc = _dot(grad.to(b_OR.dtype.element_ty), b, acc)
+        acc = dot(grad.to(b_OR.dtype.element_ty), b, acc)
     acc = acc * scale
     place = t[:, None] * rank + r[None, :]
     inside = t_in[:, None] & r_in[None, :]

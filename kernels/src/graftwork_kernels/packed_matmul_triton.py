@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork_kernels.dispatch import INTERPRETED
+from graftwork_kernels.tiles import dot
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def forward_kernel(
     x_ptr, packed_ptr, scale_ptr, zero_ptr, into_ptr, out_ptr, low_ptr, left_ptr, bias_ptr, y_ptr,
     t, n, k, words, groups, group, rank,
     BITS: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_INTO: tl.constexpr, HAS_OUT: tl.constexpr, HAS_LOW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ONE_GROUP: tl.constexpr, FULL: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ONE_GROUP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Write ``((x * into) W^T) * out + low left^T + bias``, all but the last rounding in float32."""
@@ -72,10 +72,7 @@ def forward_kernel(
             packed_ptr, scale_ptr, zero_ptr, n_N, k_K, tile, n, k, words, groups, group, BITS, HAS_ZERO, ONE_GROUP,
             BN, BK,
         ).to(x_ptr.dtype.element_ty)  # fmt: skip
-        if FULL:
-            y_TN += tl.dot(x_TK.to(tl.float32), tl.trans(w_NK.to(tl.float32)), input_precision="ieee")
-        else:
-            y_TN += tl.dot(x_TK, tl.trans(w_NK))
+        y_TN = dot(x_TK, tl.trans(w_NK), y_TN)
     if HAS_OUT:
         y_TN = y_TN * tl.load(out_ptr + n_N, mask=real_N, other=0.0).to(tl.float32)[None, :]
     if HAS_LOW:
@@ -88,12 +85,7 @@ def forward_kernel(
                 left_ptr + n_N.to(tl.int64)[:, None] * rank + r_R[None, :],
                 mask=real_N[:, None] & (r_R < rank)[None, :], other=0.0,
             )  # fmt: skip
-            if FULL:
-                y_TN += tl.dot(
-                    low_TR.to(tl.float32), tl.trans(left_NR.to(tl.float32)), input_precision="ieee"
-                )
-            else:
-                y_TN += tl.dot(low_TR, tl.trans(left_NR))
+            y_TN = dot(low_TR, tl.trans(left_NR), y_TN)
     if HAS_BIAS:
         y_TN += tl.load(bias_ptr + n_N, mask=real_N, other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -106,7 +98,7 @@ def backward_kernel(
     grad_ptr, packed_ptr, scale_ptr, zero_ptr, into_ptr, out_ptr, low_ptr, right_ptr, dx_ptr,
     t, n, k, words, groups, group, rank,
     BITS: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_INTO: tl.constexpr, HAS_OUT: tl.constexpr, HAS_LOW: tl.constexpr,
-    ONE_GROUP: tl.constexpr, FULL: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ONE_GROUP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
     """Write ``((grad * out) W) * into + low right``, with ``low = grad left``."""
@@ -127,10 +119,7 @@ def backward_kernel(
             packed_ptr, scale_ptr, zero_ptr, n_N, k_K, tile, n, k, words, groups, group, BITS, HAS_ZERO, ONE_GROUP,
             BN, BK,
         ).to(grad_ptr.dtype.element_ty)  # fmt: skip
-        if FULL:
-            dx_TK += tl.dot(grad_TN.to(tl.float32), w_NK.to(tl.float32), input_precision="ieee")
-        else:
-            dx_TK += tl.dot(grad_TN, w_NK)
+        dx_TK = dot(grad_TN, w_NK, dx_TK)
     if HAS_INTO:
         dx_TK = dx_TK * tl.load(into_ptr + k_K, mask=real_K, other=0.0).to(tl.float32)[None, :]
     if HAS_LOW:
@@ -143,25 +132,20 @@ def backward_kernel(
                 right_ptr + r_R.to(tl.int64)[:, None] * k + k_K[None, :],
                 mask=(r_R < rank)[:, None] & real_K[None, :], other=0.0,
             )  # fmt: skip
-            if FULL:
-                dx_TK += tl.dot(low_TR.to(tl.float32), right_RK.to(tl.float32), input_precision="ieee")
-            else:
-                dx_TK += tl.dot(low_TR, right_RK)
+            dx_TK = dot(low_TR, right_RK, dx_TK)
     tl.store(
         dx_ptr + t_T[:, None] * k + k_K[None, :], dx_TK.to(dx_ptr.dtype.element_ty),
         mask=real_T[:, None] & real_K[None, :],
     )  # fmt: skip
 
 
-def _tiles(t: int, group: int, groups: int, kind: torch.dtype) -> dict[str, int]:
+def _tiles(t: int, group: int, groups: int) -> dict[str, int]:
     """Return the tile's sizes: few rows (decoding) want many programs, many rows want large tiles."""
     rows = min(64, max(16, triton.next_power_of_2(t)))
     columns = 64 if groups == 1 or group % 64 == 0 else 32
     return {
         "BT": rows, "BN": 32 if rows == 16 else 64, "BK": columns, "BR": 32,
         "ONE_GROUP": groups == 1 or group % columns == 0,
-        # Half precision is multiplied as it is; the interpreter gets that wrong.
-        "FULL": kind == torch.float32 or INTERPRETED,
         "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
@@ -173,7 +157,7 @@ def launch_forward(
 ) -> None:  # fmt: skip
     """Fill ``y_TN``; all are contiguous, and none is empty."""
     (t, k), (n, words), groups = x_TK.shape, packed_NW.shape, scale_NG.shape[1]
-    tiles = _tiles(t, k // groups, groups, x_TK.dtype)
+    tiles = _tiles(t, k // groups, groups)
     any_ = x_TK
     grid = (triton.cdiv(n, tiles["BN"]), triton.cdiv(t, tiles["BT"]))
     forward_kernel[grid](
@@ -193,7 +177,7 @@ def launch_backward(
 ) -> None:  # fmt: skip
     """Fill ``dx_TK``; all are contiguous, and none is empty."""
     (t, k), (n, words), groups = dx_TK.shape, packed_NW.shape, scale_NG.shape[1]
-    tiles = _tiles(t, k // groups, groups, grad_TN.dtype)
+    tiles = _tiles(t, k // groups, groups)
     any_ = grad_TN
     grid = (triton.cdiv(k, tiles["BK"]), triton.cdiv(t, tiles["BT"]))
     backward_kernel[grid](

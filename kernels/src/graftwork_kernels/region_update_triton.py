@@ -13,20 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork_kernels.dispatch import INTERPRETED
+from graftwork_kernels.tiles import dot
 
-# The interpreter multiplies 16-bit operands wrongly; fp32 holds their products.
-_WIDE = tl.constexpr(INTERPRETED)
 # How two tiles are multiplied. Three: an fp32 tile is the sum of three bfloat16 ones, and the other is bfloat16, so
 # tensor cores give what a product in fp32 would.
 _SAME, _THREE, _FP32 = 0, 1, 2
-
-
-@triton.jit
-def _dot(a, b, acc):
-    if _WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -36,7 +27,7 @@ def _dot_of_three(a, b, acc):
     rest = b - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
     low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    return _dot(a, high, _dot(a, middle, _dot(a, low, acc)))
+    return dot(a, high, dot(a, middle, dot(a, low, acc)))
 
 
 @triton.jit
@@ -66,7 +57,7 @@ def _product(
             b_KN + k[:, None] * b_row + n[None, :] * b_col, mask=k_in[:, None] & n_in[None, :], other=0.0
         )
         if WAY == 0:
-            acc = _dot(a, b, acc)
+            acc = dot(a, b, acc)
         elif WAY == 1:
             acc = _dot_of_three(a, b, acc)
         else:

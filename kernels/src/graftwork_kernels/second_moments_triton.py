@@ -12,10 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from graftwork_kernels.dispatch import INTERPRETED
+from graftwork_kernels.tiles import dot
 
-# The interpreter multiplies 16-bit operands wrongly; fp32 holds their products.
-_WIDE = tl.constexpr(INTERPRETED)
 # Tokens that one accumulator in fp32 takes before its sum is added elsewhere.
 MOST_TOKENS = 4096
 _LEAST_TOKENS = 256
@@ -54,9 +52,7 @@ def _products(
         base = n.to(tl.int64)[:, None] * width
         a = tl.load(x_ND + base + left[None, :], mask=inside[:, None] & (left < width)[None, :], other=0.0)
         b = tl.load(x_ND + base + right[None, :], mask=inside[:, None] & (right < width)[None, :], other=0.0)
-        if _WIDE:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+        acc = dot(tl.trans(a), b, acc)
     e = tl.arange(0, BLOCK_D)
     place = pid.to(tl.int64) * (BLOCK_D * BLOCK_D) + e[:, None] * BLOCK_D + e[None, :]
     tl.store(part_SPE + place, acc)
