@@ -35,7 +35,7 @@ def list_plugins(as_json: bool, markdown: bool) -> None:
         return
     table = [("PLUGIN", "PACKAGE", "VERSION")]
     table += [(info.name, info.distribution, info.version) for info in found.values()]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
@@ -54,7 +54,9 @@ def show_plugin(name: str, as_json: bool) -> None:
     click.echo(f"\nhooks:   {', '.join(found['hooks']) or 'none'}")
     click.echo(f"recipes: {', '.join(recipe['name'] for recipe in found['recipes']) or 'none'}")
     for conflict in found["conflicts"]:
-        _wrapped(f"a run has one {conflict['what']} ({conflict['hook']}), so not with: ", conflict["with"])
+        _wrapped(
+            f"a run has one {conflict['what']} ({conflict['hook']}), so not with: {', '.join(conflict['with'])}"
+        )
     click.echo("\noptions:" if found["options"] else "\noptions: none")
     _options(found["options"])
     for recipe in found["recipes"]:
@@ -62,11 +64,7 @@ def show_plugin(name: str, as_json: bool) -> None:
     if found["provenance"]:
         click.echo("\nwhere it comes from:")
         for row in found["provenance"]:
-            click.echo(
-                textwrap.fill(
-                    f"{row['part']}: {row['source']}", _width(), initial_indent="  ", subsequent_indent="    "
-                )
-            )
+            _wrapped(f"{row['part']}: {row['source']}", "  ", "    ")
 
 
 def check_plugins(names: Sequence[str], static: bool) -> int:
@@ -103,7 +101,7 @@ def _options(rows: list[dict[str, Any]]) -> None:
         click.echo(f"  {row['name'].ljust(names)}  {row['type']}  {default}{bounds}")
         if row["help"]:
             indent = " " * (names + 4)
-            click.echo(textwrap.fill(row["help"], _width(), initial_indent=indent, subsequent_indent=indent))
+            _wrapped(row["help"], indent, indent)
 
 
 def _claims(recipe: dict[str, Any]) -> None:
@@ -123,9 +121,7 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _wrapped(head: str, names: list[str]) -> None:
-    click.echo(textwrap.fill(head + ", ".join(names), _width(), subsequent_indent="  "))
-
-
-def _width() -> int:
-    return min(120, shutil.get_terminal_size().columns)
+def _wrapped(text: str, first: str = "", rest: str = "  ") -> None:
+    """Print a text in the width of the terminal, its first line indented by ``first`` and all others by ``rest``."""
+    width = min(120, shutil.get_terminal_size().columns)
+    click.echo(textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest))

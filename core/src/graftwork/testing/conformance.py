@@ -170,8 +170,7 @@ def _defaults(info: PluginInfo, folder: Path) -> None:
 
 def _bad_options(info: PluginInfo, folder: Path) -> str:
     model = options_class(load_class(info.name))
-    tried = {"no-such-option": 1}
-    wrong: list[tuple[str, Any]] = list(tried.items())
+    wrong: list[tuple[str, Any]] = [("no-such-option", 1)]
     for field, details in model.model_fields.items():
         for bound in details.metadata:
             for attribute, step in _BEYOND.items():
@@ -190,10 +189,9 @@ def _bad_options(info: PluginInfo, folder: Path) -> str:
 def _recipes(info: PluginInfo, folder: Path) -> str:
     names = []
     for name, path in shipped(info).items():
-        recipe = load(path, size=None)
-        for size in list(_sizes(path)):
-            load(path, size=size)
-        names.append(f"{info.name}:{name} ({len(recipe.jobs)} jobs)")
+        # The first is the one that is run where none is named.
+        expanded = [load(path, size=size) for size in _sizes(path) or [None]]
+        names.append(f"{info.name}:{name} ({len(expanded[0].jobs)} jobs)")
     if not names:
         raise _Failed(f"it ships no recipe; put one at {info.module.partition('.')[0]}/recipes/claim.yaml")
     return ", ".join(names)
