@@ -145,16 +145,13 @@ def _ranges(
 
 
 @triton.jit
-def quantize_kernel(
-    x_ptr, diagonal_ptr, core_ptr, high_ptr, low_ptr, out_ptr, scale_ptr, zero_ptr, n, d, groups, words, share_step,
-    norm, divisor, ratio, floor, least, most,
-    HAS_DIAGONAL: tl.constexpr, HAS_SHARES: tl.constexpr, SYMMETRIC: tl.constexpr, FAKE: tl.constexpr,
-    BITS: tl.constexpr, PER_WORD: tl.constexpr, R: tl.constexpr, S: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
-    K: tl.constexpr, B_FILLED: tl.constexpr, K_FILLED: tl.constexpr, P: tl.constexpr, LOG: tl.constexpr,
+def _slices(
+    x_ptr, diagonal_ptr, core_ptr, high_ptr, low_ptr, row_R, n, d, groups, share_step, norm,
+    HAS_DIAGONAL: tl.constexpr, HAS_SHARES: tl.constexpr, R: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
+    B: tl.constexpr, K: tl.constexpr, B_FILLED: tl.constexpr, K_FILLED: tl.constexpr, P: tl.constexpr,
+    LOG: tl.constexpr,
 ):  # fmt: skip
-    """Write values (FAKE), codes (PER_WORD 1) or packed codes, and, where not FAKE, scales and zero points."""
-    D: tl.constexpr = B_FILLED * K_FILLED * P
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    """Return the values by slice, where they stand and which are real, the same of their slices, and both shares."""
     y_RD, at_RD, real_RD = _values(
         x_ptr, diagonal_ptr, core_ptr, norm, row_R, n, d, HAS_DIAGONAL, R, B, K, B_FILLED, K_FILLED, P, LOG
     )
@@ -168,6 +165,24 @@ def quantize_kernel(
     else:
         high_RS = tl.full((R, S), 1.0, tl.float32)
         low_RS = tl.full((R, S), 1.0, tl.float32)
+    return y_RSG, at_RD, real_RD, slice_RS, real_RS, high_RS, low_RS
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, diagonal_ptr, core_ptr, high_ptr, low_ptr, out_ptr, scale_ptr, zero_ptr, n, d, groups, words, share_step,
+    norm, divisor, ratio, floor, least, most,
+    HAS_DIAGONAL: tl.constexpr, HAS_SHARES: tl.constexpr, SYMMETRIC: tl.constexpr, FAKE: tl.constexpr,
+    BITS: tl.constexpr, PER_WORD: tl.constexpr, R: tl.constexpr, S: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
+    K: tl.constexpr, B_FILLED: tl.constexpr, K_FILLED: tl.constexpr, P: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """Write values (FAKE), codes (PER_WORD 1) or packed codes, and, where not FAKE, scales and zero points."""
+    D: tl.constexpr = B_FILLED * K_FILLED * P
+    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    y_RSG, at_RD, real_RD, slice_RS, real_RS, high_RS, low_RS = _slices(
+        x_ptr, diagonal_ptr, core_ptr, high_ptr, low_ptr, row_R, n, d, groups, share_step, norm, HAS_DIAGONAL,
+        HAS_SHARES, R, S, G, B, K, B_FILLED, K_FILLED, P, LOG,
+    )  # fmt: skip
     _, _, _, _, _, scale_RS, zero_RS = _ranges(
         y_RSG, high_RS, low_RS, divisor, ratio, floor, least, most, SYMMETRIC
     )
@@ -210,19 +225,10 @@ def backward_kernel(
     autograd makes of the reference."""
     D: tl.constexpr = B_FILLED * K_FILLED * P
     row_R = tl.program_id(0) * R + tl.arange(0, R)
-    y_RD, at_RD, real_RD = _values(
-        x_ptr, diagonal_ptr, core_ptr, norm, row_R, n, d, HAS_DIAGONAL, R, B, K, B_FILLED, K_FILLED, P, LOG
-    )
-    y_RSG = tl.reshape(y_RD, (R, S, G))
-    slice_S, real_S = _place(tl.arange(0, S) * G, B, K, B_FILLED, K_FILLED, P)
-    slice_RS = row_R.to(tl.int64)[:, None] * groups + (slice_S // G if S > 1 else slice_S)[None, :]
-    real_RS = (row_R < n)[:, None] & real_S[None, :]
-    if HAS_SHARES:
-        high_RS = tl.load(high_ptr + slice_RS * share_step, mask=real_RS, other=1.0)
-        low_RS = tl.load(low_ptr + slice_RS * share_step, mask=real_RS, other=1.0)
-    else:
-        high_RS = tl.full((R, S), 1.0, tl.float32)
-        low_RS = tl.full((R, S), 1.0, tl.float32)
+    y_RSG, at_RD, real_RD, slice_RS, real_RS, high_RS, low_RS = _slices(
+        x_ptr, diagonal_ptr, core_ptr, high_ptr, low_ptr, row_R, n, d, groups, share_step, norm, HAS_DIAGONAL,
+        HAS_SHARES, R, S, G, B, K, B_FILLED, K_FILLED, P, LOG,
+    )  # fmt: skip
     top_RS, bottom_RS, hi_RS, lo_RS, raw_RS, scale_RS, zero_RS = _ranges(
         y_RSG, high_RS, low_RS, divisor, ratio, floor, least, most, SYMMETRIC
     )
