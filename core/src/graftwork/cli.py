@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from graftwork.errors import PluginError, UserError
+from graftwork.hookspecs import HOOKS_VERSION
 
 _model = click.option(
     "--model",
@@ -47,7 +48,11 @@ _gpus = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="graftwork", prog_name="trainer")
+@click.version_option(
+    package_name="graftwork",
+    prog_name="trainer",
+    message=f"%(prog)s %(version)s (hooks {HOOKS_VERSION})",
+)
 def cli(debug: bool) -> None:
     """Train, transform, evaluate and generate with research papers as plugins.
 
@@ -215,7 +220,7 @@ def report(**options: Any) -> None:
 
 @cli.group()
 def plugins() -> None:
-    """See what is installed."""
+    """See what is installed, check it, begin a new one."""
 
 
 @plugins.command("list")
@@ -236,6 +241,22 @@ def show_plugin(name: str, as_json: bool) -> None:
     from graftwork.commands.ecosystem import show_plugin
 
     show_plugin(name, as_json)
+
+
+@plugins.command("new")
+@click.argument("name")
+@click.option(
+    "--kind",
+    required=True,
+    type=click.Choice(["adapter", "loss", "logits", "transform", "trainer", "data", "benchmark"]),
+    help="What the method changes.",
+)
+@click.option("--output", metavar="FOLDER", help="Where to write it.  [default: graftwork-NAME]")
+def new_plugin(**options: Any) -> None:
+    """Write a package of a new plugin: a small method that works, with its tests, recipe, README and CI."""
+    from graftwork.commands.ecosystem import new_plugin
+
+    new_plugin(**options)
 
 
 @plugins.command("check")

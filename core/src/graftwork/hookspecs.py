@@ -56,6 +56,13 @@ if TYPE_CHECKING:
     from graftwork.transform.outer import Outer
     from graftwork.transform.whole import Whole
 
+HOOKS_VERSION = "1.0"
+"""Of this page: the hooks, their arguments, and the classes that they return.
+
+A minor step may add hooks, arguments, fields with defaults, and deprecations. Whatever would break a plugin is a major
+step: what goes, what is called otherwise, what means something else. It is deprecated for a minor step first.
+"""
+
 PROJECT = "graftwork"
 ENTRY_POINT_GROUP = "graftwork.plugins"
 EXCLUSIVE = {
@@ -68,6 +75,14 @@ EXCLUSIVE = {
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class HookDeprecation(DeprecationWarning):
+    """Why a hook or an argument goes and what to use instead, in half a sentence.
+
+    For pluggy's ``hookspec(warn_on_impl=...)`` and ``hookspec(warn_on_impl_args={argument: ...})``. Whoever uses a
+    plugin that has it is told so with the names of the plugin and its package, and the run goes on.
+    """
 
 
 @dataclass(frozen=True)

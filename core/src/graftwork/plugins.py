@@ -6,6 +6,7 @@ Discovery reads entry points and imports nothing. A plugin's code runs only afte
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from graftwork.run import Run
 
 
-_NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
+NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
+"""What a plugin may be called."""
+_told: set[str] = set()
+"""Sentences about deprecated hooks that this process has said."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def discover() -> dict[str, PluginInfo]:
         # Read once: every access of a distribution's name or version parses its metadata again.
         metadata = point.dist.metadata if point.dist else {"Name": "unknown", "Version": "unknown"}
         name, version = metadata["Name"], metadata["Version"]
-        if not _NAME.fullmatch(point.name):
+        if not NAME.fullmatch(point.name):
             raise UserError(
                 f"package '{name}' offers a plugin called {point.name!a}; names are made of small letters, digits "
                 f"and hyphens, so that none looks like another: uninstall it"
@@ -142,6 +146,7 @@ class Plugins:
             except pluggy.PluginValidationError as error:
                 raise UserError(f"plugin '{name}' does not fit this version of the hooks: {error}") from error
             self.objects[name] = plugin
+            self._tell_deprecated(name)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Mapping[str, Any] | None], where: str = "") -> Plugins:
@@ -217,6 +222,15 @@ class Plugins:
                 owners[name], found[name] = f"plugin '{plugin}'", layout
         return found
 
+    def _tell_deprecated(self, name: str) -> None:
+        """Say once what the plugin ``name`` uses that is deprecated; pluggy warns developers, and this the user."""
+        for sentence in _deprecated(self.manager, name):
+            if sentence not in _told and os.environ.get("RANK", "0") == "0":
+                from graftwork.console import Console
+
+                _told.add(sentence)
+                Console().say(sentence)
+
     def versions(self) -> dict[str, dict[str, str]]:
         """Return distribution and version of every selected plugin, for the manifest."""
         installed = discover()
@@ -226,6 +240,29 @@ class Plugins:
             else {"distribution": "in-process", "version": "0"}
             for name in self.objects
         }
+
+
+def _deprecated(manager: pluggy.PluginManager, name: str) -> Iterator[str]:
+    """Yield a sentence for every deprecated hook that the plugin implements, and every such argument that it takes."""
+    for caller in manager.get_hookcallers(manager.get_plugin(name)) or []:
+        (impl,) = [one for one in caller.get_hookimpls() if one.plugin_name == name]
+        spec = caller.spec
+        if spec is None:
+            continue
+        if spec.warn_on_impl:
+            yield f"{_named(name)} implements the hook '{caller.name}', which is deprecated: {spec.warn_on_impl}"
+        for argument in (*impl.argnames, *impl.kwargnames):
+            if warning := (spec.warn_on_impl_args or {}).get(argument):
+                yield (
+                    f"{_named(name)} takes the argument '{argument}' of the hook '{caller.name}', which is deprecated: "
+                    f"{warning}"
+                )
+
+
+def _named(name: str) -> str:
+    """Return the plugin with its package, where it is installed."""
+    info = discover().get(name)
+    return f"plugin '{name}' (package {info.distribution} {info.version})" if info else f"plugin '{name}'"
 
 
 def generation_notes(run: Run) -> list[str]:

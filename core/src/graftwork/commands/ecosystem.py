@@ -1,8 +1,9 @@
-"""``trainer plugins``: what is installed, and what one plugin offers."""
+"""``trainer plugins``: what is installed, what one plugin offers, whether it keeps its promises, and a new one."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 import textwrap
@@ -65,6 +66,16 @@ def show_plugin(name: str, as_json: bool) -> None:
         click.echo("\nwhere it comes from:")
         for row in found["provenance"]:
             _wrapped(f"{row['part']}: {row['source']}", "  ", "    ")
+
+
+def new_plugin(name: str, kind: str, output: str | None) -> None:
+    """Write the distribution of a new plugin, and say what to do with it."""
+    from graftwork.scaffold import KINDS, create
+
+    folder = create(name, kind, Path(output) if output else None)
+    _wrapped(f"{folder} holds a plugin that works as it is, for you to change: {KINDS[kind]}")
+    click.echo(f"  pip install -e {shlex.quote(str(folder))}")
+    click.echo(f"  trainer plugins check {name}")
 
 
 def check_plugins(names: Sequence[str], static: bool) -> int:
