@@ -166,6 +166,15 @@ def test_learning_rate_factors_scale_the_first_step(tmp_path: Path) -> None:
     torch.testing.assert_close(moved[0.5], moved[1.0] / 2, rtol=1e-3, atol=1e-6)
 
 
+def test_a_factor_is_applied_once_however_often_the_optimizer_is_asked_for(tmp_path: Path) -> None:
+    """DeepSpeed's way to an optimizer asks twice."""
+    trainer = build("sft", tmp_path, learning_rate=1e-2)
+    trainer.attach(Composition(factors={"model.layers.0.mlp.up_proj.weight": 0.5}))
+    for _ in range(2):
+        optimizer = trainer.create_optimizer()
+        assert sorted({group["lr"] for group in optimizer.param_groups}) == [5e-3, 1e-2]
+
+
 def test_a_term_that_raises_names_its_plugin(tmp_path: Path) -> None:
     def broken(model: Any, batch: Any) -> torch.Tensor:
         raise ValueError("oops")

@@ -61,6 +61,18 @@ def test_what_a_deepspeed_config_asks_for() -> None:
     assert Sharding.of({}, 4, half=True) == Sharding(4, None, True)
 
 
+def test_fsdp_divides_everything_and_trains_in_full_precision(tmp_path: Path) -> None:
+    config = tmp_path / "fsdp.json"
+    config.write_text(json.dumps({"version": 2, "cpu_offload": True}))
+    sharded = Sharding.of({"fsdp": True}, 8, half=True)
+    assert sharded == Sharding(8, None, True, fsdp=True)
+    assert bytes_of(800, 80, sharded) == ((2 * 800 + 4 * 80) / 8, 4 * 80 / 8, 8 * 80 / 8)
+    assert "8 GPUs, FSDP2: optimizer state, gradients, weights sharded" in sharded.words()
+    away = Sharding.of({"fsdp": True, "fsdp_config": str(config)}, 8, half=True)
+    assert bytes_of(800, 80, away) == (0, 0, 0)
+    assert away.words().endswith("all of it offloaded")
+
+
 def llama(**changes: Any) -> Any:
     return AutoConfig.for_model(
         "llama",

@@ -88,6 +88,19 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def mean_over_ranks(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """Return this process's part of a mean over the rows of all processes: its sum times processes / all rows.
+
+    For losses that are means over tokens: data-parallel training takes the mean over processes, and a mean of means
+    gives a token more weight where a process has fewer of them. ``total`` is the sum over the own rows, with its
+    gradient, ``count`` how many these are. 0 where no process has any.
+    """
+    if not active():
+        return total / max(int(count), 1)
+    rows = sum_over_ranks(torch.as_tensor(count, device=total.device, dtype=torch.long))
+    return total * (torch.distributed.get_world_size() / max(int(rows), 1))
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return what every process passed, in the order of their numbers. Objects are pickled among ourselves."""
     if not active():

@@ -16,6 +16,11 @@ A plugin is a class; the core constructs it with its validated options and regis
 It is found through an entry point in the group ``graftwork.plugins`` and imported only when it is
 named with ``--plugin``. A hook is optional; the ones that a plugin does not implement cost nothing.
 
+Several processes that each hold the whole model (DDP) need nothing of a plugin but losses that are means over all of
+them. What divides the model among processes needs its word: a class attribute
+``sharding = frozenset({"zero2", "zero3", "fsdp2"})`` names what it trains equally under, and a run with anything else
+is refused (see :mod:`graftwork.train.sharding`).
+
 Order of the calls in a training run::
 
     check -> self_play -> task_stream -> [weights are loaded] -> adapter_config -> load_state (when resuming) ->
@@ -95,7 +100,9 @@ class LossTerm:
     - ``"step"``: once per optimizer step, for penalties that depend on parameters only.
 
     Either way the gradient that reaches the optimizer is that of ``weight * term``, whatever the
-    number of accumulation steps or processes.
+    number of accumulation steps or processes. Over processes it is the mean of what they return, so a term that
+    is a mean over tokens, of which each has another number, is made with
+    :func:`graftwork.distributed.mean_over_ranks`.
     """
 
     name: str

@@ -263,8 +263,8 @@ def test_a_past_that_no_longer_trains_is_told(stacked: Callable[..., PeftModel])
     [
         ({"adapter": {**LORA, "policy": "stacked"}}, "adapter.policy: shared"),
         ({"train": {"packing": True}}, "train.packing"),
-        ({"train": {"deepspeed": "zero3.json"}}, "train.deepspeed"),
-        ({"train": {"fsdp": "full_shard"}}, "train.fsdp"),
+        ({"train": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "stage 3 of DeepSpeed"),
+        ({"train": {"fsdp": True}}, "train.fsdp"),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -295,9 +295,3 @@ def test_bad_options_are_refused(options: dict, checkpoint: Path, stream: Path, 
         run_tiny(recipe_of(checkpoint, stream, options), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("field", ["deepspeed", "fsdp"])
-def test_split_parameters_are_refused(field: str, checkpoint: Path, stream: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"train.{field} splits"):
-        run_tiny(recipe_of(checkpoint, stream, train={field: "full_shard"}), tmp_path / "run")

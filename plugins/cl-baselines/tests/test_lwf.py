@@ -302,8 +302,8 @@ def test_what_no_hidden_state_can_tell_is_refused() -> None:
     ("changes", "said"),
     [
         ({"algorithm": "dpo"}, "algorithm: sft"),
-        ({"train": {"deepspeed": "zero3.json"}}, "train.deepspeed"),
-        ({"train": {"fsdp": "full_shard"}}, "train.fsdp"),
+        ({"train": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "stage 3 of DeepSpeed"),
+        ({"train": {"fsdp": True}}, "train.fsdp"),
     ],
 )
 def test_what_cannot_work_is_refused(

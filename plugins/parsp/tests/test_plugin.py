@@ -393,8 +393,9 @@ def test_a_limit_on_statistics_is_kept_before_weights_are_read(
     ("settings", "options", "says"),
     [
         ({"algorithm": "dpo"}, {}, "algorithm: dpo does not have; use algorithm: sft"),
-        ({"train": {"fsdp": "full_shard"}}, {}, "train.fsdp shards; remove it"),
-        ({"train": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, {}, "ZeRO stage 3"),
+        ({"train": {"fsdp": True}}, {}, "does not declare that it can be trained under FSDP2"),
+        ({"train": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, {}, "under ZeRO stage 3"),
+        ({"train": {"deepspeed": {"zero_optimization": {"stage": 2}}}}, {"mode": "gradient"}, "not declare"),
         ({"adapter": {"peft_type": "LORA"}}, {}, "brings a whole-model adapter"),
         ({"adapter": {"peft_type": "LORA"}}, {"mode": "gradient"}, "remove 'adapter' from the recipe"),
     ],

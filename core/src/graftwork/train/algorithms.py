@@ -93,7 +93,8 @@ def check_fields(config: type[TrainingArguments], fields: Mapping[str, Any]) -> 
     Raises:
         UserError: a field that the config class does not have, one that the run decides, a wrong type.
     """
-    hints = typing.get_type_hints(config)
+    # A plain yes is what transformers wants for ``fsdp``; its annotation names only the older words.
+    hints = {**typing.get_type_hints(config), "fsdp": bool | str | None}
     known = {field.name for field in dataclasses.fields(config) if field.init}
     result = {}
     for key, value in fields.items():
@@ -136,6 +137,11 @@ def build_arguments(
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"train: {config.__name__} refuses these fields: {error}") from error
     asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked == 1 and arguments.fsdp:
+        raise UserError(
+            "train.fsdp divides the model among processes, and this is one; start several with "
+            "`torchrun --nproc_per_node N -m graftwork ...`, or remove train.fsdp"
+        )
     if arguments.world_size != asked:
         raise UserError(
             f"the launcher started {asked} processes but the trainer sees {arguments.world_size}; "

@@ -86,6 +86,7 @@ class Composed(Trainer):
         self._term_sums: dict[str, torch.Tensor] = {}
         self._term_steps = 0
         self._unwrapped: tuple[Any, Any] = (None, None)
+        self._factored: Any = None
         if composition.transforms:
             self.add_callback(_AfterStep(composition))
 
@@ -132,8 +133,10 @@ class Composed(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.composition.factors:
+        # With DeepSpeed this is asked twice for the same optimizer.
+        if self.composition.factors and optimizer is not self._factored:
             _split_groups(optimizer, cast(Any, self.model), self.composition.factors)
+            self._factored = optimizer
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

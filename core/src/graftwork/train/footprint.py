@@ -1,6 +1,6 @@
 """How much memory one GPU needs for a job, by counting: an estimate, each part with what it assumes.
 
-Weights, gradients and optimizer state follow from the parameters and from what DeepSpeed shards or offloads.
+Weights, gradients and optimizer state follow from the parameters and from what DeepSpeed or FSDP2 shards or offloads.
 Activations are an upper bound. State that a method keeps outside of the model's parameters is not known here.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from graftwork.models import is_encoder_decoder
 from graftwork.train.deepspeed import read_config
+from graftwork.train.sharding import fsdp_config, kind_of
 
 HALF, FULL = 2, 4
 BYTES = {"float32": FULL, "bfloat16": HALF, "float16": HALF}
@@ -20,17 +21,21 @@ BYTES = {"float32": FULL, "bfloat16": HALF, "float16": HALF}
 
 @dataclass(frozen=True)
 class Sharding:
-    """The number of GPUs and what DeepSpeed does on them; ``stage`` is None without DeepSpeed."""
+    """The number of GPUs and what is sharded over them; ``stage`` is None without DeepSpeed, ``fsdp`` is FSDP2."""
 
     gpus: int = 1
     stage: int | None = None
     half: bool = False
     optimizer_offloaded: bool = False
     weights_offloaded: bool = False
+    fsdp: bool = False
 
     @classmethod
     def of(cls, train: Mapping[str, Any], gpus: int, *, half: bool) -> Sharding:
-        """Return what ``train.deepspeed`` asks for; ``half``: the trainer's own bf16 or fp16 is on."""
+        """Return what ``train`` asks for; ``half``: the trainer's own bf16 or fp16 is on."""
+        if kind_of(train) == "fsdp2":
+            away = str(fsdp_config(train).get("cpu_offload", False)).lower() == "true"
+            return cls(gpus, None, half, away, away, fsdp=True)
         settings = read_config(train)
         if settings is None:
             return cls(gpus, half=half)
@@ -51,6 +56,9 @@ class Sharding:
     def words(self) -> str:
         """Return the sharding as a reader of the estimate needs it."""
         gpus = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}"
+        if self.fsdp:
+            away = "; all of it offloaded" if self.weights_offloaded else ""
+            return f"{gpus}, FSDP2: optimizer state, gradients, weights sharded{away}"
         if self.stage is None:
             return f"{gpus}, nothing sharded" if self.gpus > 1 else gpus
         parts = ["optimizer state", "gradients", "weights"][: self.stage]
@@ -84,7 +92,14 @@ def state(frozen: int, trained: int, *, frozen_bytes: int, trained_bytes: int, s
     all weights in one precision (2 bytes where ``sharding.half``), gradients too, and in the optimizer an fp32
     copy and both moments, 12 bytes (Rajbhandari et al., "ZeRO", 2020, section 3.1). Stage 1 shards the
     optimizer's part, 2 also gradients, 3 also weights. Offloading the optimizer takes the gradients with it.
+
+    FSDP2 shards all of it, one layer's weights apart, and holds what it trains in fp32 where ``sharding.half``; what
+    it offloads is the whole.
     """
+    if sharding.fsdp:
+        one = trained * (FULL if sharding.half else trained_bytes)
+        share = 0 if sharding.weights_offloaded else 1 / sharding.gpus
+        return State((frozen * frozen_bytes + one) * share, one * share, 2 * one * share)
     if sharding.stage is None:
         one = trained * trained_bytes
         return State(frozen * frozen_bytes + one, one, 2 * one)

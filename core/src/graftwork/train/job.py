@@ -23,7 +23,7 @@ from graftwork.plugins import Plugins
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
 from graftwork.self_play.check import check_self_play, self_play_algorithm
-from graftwork.train import deepspeed
+from graftwork.train import sharding
 from graftwork.train.adapters import choose
 from graftwork.train.algorithms import algorithm, check_fields, check_pairing, check_per_task
 from graftwork.train.checkpoints import (
@@ -64,7 +64,11 @@ def run_job(
         make = _plain(plan, tasks, tokenizer, console)
     with run.locked():
         run.open(resume=resume, allow_other_versions=allow_other_versions)
-        return make(spec).execute()
+        try:
+            return make(spec).execute()
+        finally:
+            # Also where it was cut short: what shards it must not shard another job of this process.
+            sharding.let_go()
 
 
 def _plain(plan: Plan, tasks: list[Task], tokenizer: Any, console: Console) -> Callable[[JobSpec], Stream]:
@@ -178,7 +182,7 @@ class Plan:
         chosen = from_plugin[1] if from_plugin else algorithm(run.job.algorithm)
         for fields in ({}, *run.job.per_task.values()):
             check_fields(chosen.config, {**run.job.train, **fields})
-        deepspeed.check(run.job.train, run.plugins)
+        sharding.check(run.job.train, run.plugins)
         model = run.job.model
         meta = build_meta(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
         check_trainable(meta.config, model.ref)

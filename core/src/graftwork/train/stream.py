@@ -23,7 +23,7 @@ from graftwork.files import atomic_folder, write_json_atomic
 from graftwork.models import load_chosen, load_model
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
-from graftwork.train import deepspeed
+from graftwork.train import sharding
 from graftwork.train.adapters import AdapterStack, count_parameters
 from graftwork.train.algorithms import build_arguments
 from graftwork.train.checkpoints import (
@@ -70,12 +70,13 @@ class Stream:
         self.adapter_bytes = 0
         self.updates = Updates(self.job.evaluate.interference)
 
+        self.sharding = sharding.kind_of(self.job.train)
     def execute(self) -> dict[str, Any]:
         memory.reset_peak()
         names = [task.name for task in self.tasks]
         done = finished_stages(self.run, names)
         self.device = self._arguments(0).device
-        deepspeed.let_go()
+        sharding.let_go()
         self.stack = AdapterStack(self.plan.adapter, self._base(), self.job.model.ref)
         current = self.tasks[len(done)].name if len(done) < len(self.tasks) else ""
         self.checkpoint = latest_checkpoint(self.run, current)
@@ -120,9 +121,9 @@ class Stream:
         with refused_pickles(folder):
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
         self.train_seconds += time.perf_counter() - self.started
-        deepspeed.let_go()
+        sharding.let_go()
         self.stack.forget_others()
-        if deepspeed.zero_stage(self.job.train) >= 3:
+        if self.sharding in ("zero3", "fsdp2"):
             self._make_whole(trainer)
         self.steps = trainer.state.global_step
         # Counted now: at a task's end a method may freeze or fold away what it has trained.
@@ -139,7 +140,7 @@ class Stream:
         """Put a whole model in place of the sharded one, which ends with its trainer."""
         sharded = self.stack.model
         self.stack.put_on(self._base())
-        deepspeed.gather(sharded, self.stack.model)
+        sharding.gather(sharded, self.stack.model)
         trainer.model = trainer.model_wrapped = self.stack.model
 
     @contextlib.contextmanager
@@ -180,6 +181,7 @@ class Stream:
             dataset = dataset if replaced is None else replaced
         return dataset
 
+        sharding.check_active(self.sharding, trainer)
     def _tell_lost_items(self, task: Task, given: int, kept: int) -> None:
         """Say so where the trainer drops items: their prompts fill ``max_length``, nothing is left to learn."""
         if kept == 0:

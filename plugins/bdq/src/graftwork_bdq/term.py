@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from graftwork import UserError
 from graftwork.compat.fused_head import changes_logits
+from graftwork.distributed import mean_over_ranks
 
 from graftwork_bdq.loss import IGNORED, Sign, self_weighed
 
@@ -60,7 +61,7 @@ class RceTerm:
         counts = next_tokens != IGNORED
         logits = self.base.get_output_embeddings()(hidden[counts])
         rows = self_weighed(logits, next_tokens[counts].to(logits.device), delta=self.delta)
-        return self.factor * rows.sum() / counts.sum().clamp_min(1)
+        return self.factor * mean_over_ranks(rows.sum(), counts.sum())
 
     def close(self) -> None:
         """Leave the model."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from graftwork import UserError
+from graftwork.distributed import mean_over_ranks
 from graftwork.evaluate.modes import evaluating
 from torch.nn import functional as F
 
@@ -39,13 +40,13 @@ def answers(labels: torch.Tensor, encoder_decoder: bool = False) -> torch.Tensor
 def distance(old: torch.Tensor, new: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return ``T^2 KL(softmax(old/T) || softmax(new/T))``, the mean over the rows of two logit matrices (n x V).
 
-    Hinton et al. 2015 for temperature and T^2; Li and Hoiem 2016 for the use. No rows: 0, with a gradient.
+    The rows are those of all processes, and the mean of what they return is that mean. Hinton et al. 2015 for
+    temperature and T^2; Li and Hoiem 2016 for the use. No rows: 0, with a gradient.
     """
-    if not len(new):
-        return new.sum()
     before = F.log_softmax(old.float() / temperature, -1)
     now = F.log_softmax(new.float() / temperature, -1)
-    return temperature**2 * F.kl_div(now, before, reduction="batchmean", log_target=True)
+    total = F.kl_div(now, before, reduction="sum", log_target=True)
+    return temperature**2 * mean_over_ranks(total, len(new))
 
 
 class Watch:

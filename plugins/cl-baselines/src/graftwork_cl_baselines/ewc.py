@@ -13,7 +13,7 @@ from graftwork import LossTerm, UserError, hookimpl
 from graftwork.train.statistics import task_batches
 from pydantic import BaseModel, ConfigDict, Field
 
-from graftwork_cl_baselines.checks import refuse_field, refuse_split_fields, refuse_split_trainer
+from graftwork_cl_baselines.checks import refuse_field
 from graftwork_cl_baselines.quadratic import Quadratic, fisher, trained_parameters
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Ewc:
     """``L + strength/2 * sum_t sum_i F_ti (theta_i - theta*_ti)^2`` over everything that trains."""
 
     Options = EwcOptions
+    sharding = frozenset({"zero2"})
 
     def __init__(self, options: EwcOptions) -> None:
         self.options = options
@@ -56,7 +57,6 @@ class Ewc:
 
     @hookimpl
     def check(self, run: Run) -> None:
-        refuse_split_fields("ewc", run)
         refuse_field("ewc", run, "packing", "importance is taken per item, and packing joins items")
         policy = (run.job.adapter or {}).get("policy", "shared")
         if policy != "shared":
@@ -64,10 +64,6 @@ class Ewc:
                 f"plugin 'ewc' pulls on parameters that are trained from task to task, and adapter.policy "
                 f"'{policy}' freezes those of earlier tasks; set adapter.policy: shared"
             )
-
-    @hookimpl
-    def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
-        refuse_split_trainer("ewc", trainer)
 
     @hookimpl
     def loss_terms(self, run: Run, model: torch.nn.Module) -> Sequence[LossTerm]:

@@ -14,7 +14,6 @@ from graftwork.evaluate.modes import evaluating
 from graftwork.train.statistics import Moment, second_moments, task_batches
 from pydantic import Field
 
-from graftwork_cl_baselines.checks import refuse_split_fields, refuse_split_trainer
 from graftwork_cl_baselines.stacked import StackedOptions, adapted_layers, training_layers
 from graftwork_cl_baselines.subspace import Subspace
 
@@ -47,6 +46,7 @@ class InfLora:
     """A fresh LoRA per task; A frozen in the null space of old inputs, B trained; all summed at inference."""
 
     Options = InfLoraOptions
+    sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: InfLoraOptions) -> None:
         self.options = options
@@ -54,10 +54,6 @@ class InfLora:
         self.spaces: dict[str, Subspace] = {}
         self.groups: dict[str, list[str]] = {}
         self.taken: dict[str, torch.Tensor] = {}
-
-    @hookimpl
-    def check(self, run: Run) -> None:
-        refuse_split_fields("inf-lora", run)
 
     @hookimpl
     def adapter_config(self, run: Run, model: PreTrainedModel) -> Adapter:
@@ -72,7 +68,6 @@ class InfLora:
 
     @hookimpl
     def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
-        refuse_split_trainer("inf-lora", trainer)
         layers = {name: (layer, new) for name, layer, new in training_layers(trainer.model)}
         self.groups = shared_inputs(trainer)
         moments = self._moments(run, trainer, "inputs before") if self.options.init == "data" else {}

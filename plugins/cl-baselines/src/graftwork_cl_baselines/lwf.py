@@ -12,7 +12,6 @@ import torch
 from graftwork import LossTerm, UserError, hookimpl
 from pydantic import BaseModel, ConfigDict, Field
 
-from graftwork_cl_baselines.checks import refuse_split_fields, refuse_split_trainer
 from graftwork_cl_baselines.distil import Watch, distance, scaled_logits
 from graftwork_cl_baselines.quadratic import trained_parameters
 
@@ -41,6 +40,7 @@ class Lwf:
     """``L + strength * T^2 KL(softmax(z_old/T) || softmax(z_new/T))``, z_old from the model before the task."""
 
     Options = LwfOptions
+    sharding = frozenset({"zero2"})
 
     def __init__(self, options: LwfOptions) -> None:
         self.options = options
@@ -50,7 +50,6 @@ class Lwf:
 
     @hookimpl
     def check(self, run: Run) -> None:
-        refuse_split_fields("lwf", run)
         if run.job.algorithm in ("dpo", "grpo"):
             raise UserError(
                 f"plugin 'lwf' distils labelled answers, which algorithm '{run.job.algorithm}' does not have; "
@@ -68,7 +67,6 @@ class Lwf:
 
     @hookimpl
     def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
-        refuse_split_trainer("lwf", trainer)
         self.first = task.index == 0
 
     @hookimpl

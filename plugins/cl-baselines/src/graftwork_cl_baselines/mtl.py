@@ -26,6 +26,7 @@ class Mtl:
     """Train on the shuffled items of all tasks at once, in as many steps as the stream has."""
 
     Options = MtlOptions
+    sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: MtlOptions) -> None:
         self.options = options

@@ -51,6 +51,7 @@ class NLora:
     """A fresh LoRA per task, all earlier ones frozen, summed at inference; L1 norm of the new update."""
 
     Options = NLoraOptions
+    sharding = frozenset({"zero2"})
 
     def __init__(self, options: NLoraOptions) -> None:
         self.options = options

@@ -36,6 +36,7 @@ class OLora:
     """A fresh LoRA per task, all earlier ones frozen, summed at inference; penalty on A_old A_new^T."""
 
     Options = OLoraOptions
+    sharding = frozenset({"zero2"})
 
     def __init__(self, options: OLoraOptions) -> None:
         self.options = options

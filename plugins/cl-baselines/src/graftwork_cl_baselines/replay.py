@@ -39,6 +39,7 @@ class Replay:
     """
 
     Options = ReplayOptions
+    sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: ReplayOptions) -> None:
         self.options = options

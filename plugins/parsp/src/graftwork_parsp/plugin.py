@@ -28,10 +28,14 @@ class Parsp:
     """Train a sparse core of neurons per task, in directions to which earlier tasks are blind."""
 
     Options = ParspOptions
+    sharding = frozenset({"zero2"})
 
     def __init__(self, options: ParspOptions) -> None:
         self.options = options
         self.stream = Stream(options)
+        if options.mode == "gradient":
+            # DeepSpeed keeps gradients to itself.
+            self.sharding = frozenset()
 
     @hookimpl
     def check(self, run: Run) -> None:
@@ -41,12 +45,6 @@ class Parsp:
                 f"plugin 'parsp' measures relevance by the loss on answers, which algorithm: {job.algorithm} does not "
                 f"have; use algorithm: sft"
             )
-        for field in ("fsdp", "fsdp_config"):
-            if job.train.get(field):
-                raise UserError(
-                    f"plugin 'parsp' changes the shapes of its parameters between tasks, which train.{field} shards; "
-                    f"remove it"
-                )
         if options.mode == "gradient" and job.adapter:
             raise UserError(
                 "plugin 'parsp' with mode: gradient trains the model's own weights; remove 'adapter' from the recipe, "

@@ -75,6 +75,7 @@ class Sparta:
     """A shared low-rank and a specific high-rank branch per layer, kept orthogonal, weighed by a prompt router."""
 
     Options = SpartaOptions
+    sharding = frozenset({"zero2"})
 
     def __init__(self, options: SpartaOptions) -> None:
         self.options = options

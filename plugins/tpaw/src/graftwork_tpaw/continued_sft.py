@@ -33,6 +33,7 @@ class ContinuedSft:
     """No player writes anything; the model goes on learning the targets."""
 
     Options = ContinuedSftOptions
+    sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: ContinuedSftOptions) -> None:
         self.options = options

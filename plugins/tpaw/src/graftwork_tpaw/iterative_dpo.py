@@ -48,6 +48,7 @@ class IterativeDpo:
     """Learn the model's best answers against its worst."""
 
     Options = IterativeDpoOptions
+    sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: IterativeDpoOptions) -> None:
         self.options = options

@@ -48,6 +48,7 @@ class Spin:
     """One player, the last checkpoint, is opponent and reference."""
 
     Options = SpinOptions
+    sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: SpinOptions) -> None:
         self.options = options

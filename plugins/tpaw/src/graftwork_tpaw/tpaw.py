@@ -73,6 +73,7 @@ class Tpaw:
     """Learn to tell targets from what the last checkpoints write, each of them judging in its own measure."""
 
     Options = TpawOptions
+    sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: TpawOptions) -> None:
         self.options = options
