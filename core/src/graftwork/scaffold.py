@@ -67,7 +67,7 @@ def create(name: str, kind: str, folder: Path | None = None) -> Path:
 
 
 def words(name: str, kind: str) -> dict[str, str]:
-    """Return what stands for ``{{name}}``, ``{{module}}``, ``{{class}}``, ``{{snake}}``, ``{{summary}}``, ``{{core}}``."""
+    """Return what the templates leave open, by the word that stands for it."""
     snake = name.replace("-", "_")
     camel = "".join(part.capitalize() for part in name.split("-"))
     major, minor = (int(part) for part in __version__.split(".")[:2])
@@ -84,7 +84,7 @@ def words(name: str, kind: str) -> dict[str, str]:
 def _check_form(name: str) -> None:
     if not NAME.fullmatch(name):
         raise UserError(
-            f"{name!a} is no name for a plugin: small letters, digits and single hyphens between them, such as my-method"
+            f"{name!a} is no name for a plugin: write small letters and digits with single hyphens, such as my-method"
         )
     if len(name) > LONGEST:
         raise UserError(f"the name '{name}' has {len(name)} letters; {LONGEST} are the most")
