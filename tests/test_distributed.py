@@ -209,6 +209,9 @@ class Watch:
 
     @hookimpl
     def batch_begin(self, run, model, batch):
+        if not model.training:
+            # Answers are scored by the whole model.
+            return
         self.batches += 1
         weights = list(model.parameters())
         run.events.write("weights", dtensor=any(hasattr(w, "full_tensor") for w in weights),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from graftwork.plugins import Plugins
 from graftwork.testing.packages import install_plugin
 from graftwork.testing.runs import run_tiny, tiny_recipe
 from graftwork.train import sharding
+from graftwork.train.plan import dry_run
 from graftwork.train.sharding import KINDS, check, fsdp_config, gather, kind_of
 
 ZERO = {stage: {"deepspeed": {"zero_optimization": {"stage": stage}}} for stage in (0, 1, 2, 3)}
@@ -145,6 +147,27 @@ def test_fsdp_in_one_process_is_refused(checkpoint: Path, stream: Path, tmp_path
     with pytest.raises(UserError, match=r"train.fsdp divides the model among processes, and this is one"):
         run_tiny(recipe, tmp_path / "run")
     assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+def test_activations_are_computed_again_by_one_of_both(
+    checkpoint: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train: dict[str, Any] = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
+    with pytest.raises(
+        UserError, match=r"both compute activations again; set train.gradient_checkpointing: false"
+    ):
+        run_tiny(tiny_recipe(checkpoint, stream, train=train), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    said = []
+    for changes in (
+        {**train, "gradient_checkpointing": False},
+        {"fsdp": True},
+        {"gradient_checkpointing": False},
+    ):
+        dry_run(tiny_recipe(checkpoint, stream, train=changes).jobs[0], gpus=2)
+        said += re.findall(r"activations +at most ([\d.]+)", capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert float(said[0]) < float(said[2])
 
 
 def test_gathering_takes_over_values_buffers_and_what_trains() -> None:

@@ -137,11 +137,6 @@ def build_arguments(
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"train: {config.__name__} refuses these fields: {error}") from error
     asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked == 1 and arguments.fsdp:
-        raise UserError(
-            "train.fsdp divides the model among processes, and this is one; start several with "
-            "`torchrun --nproc_per_node N -m graftwork ...`, or remove train.fsdp"
-        )
     if arguments.world_size != asked:
         raise UserError(
             f"the launcher started {asked} processes but the trainer sees {arguments.world_size}; "

@@ -29,6 +29,7 @@ from graftwork.train.algorithms import algorithm, check_fields, check_pairing, c
 from graftwork.train.checkpoints import (
     read_json,
 )
+from graftwork.train.footprint import default
 from graftwork.train.scores import Scores
 from graftwork.train.stream import Stream
 
@@ -55,6 +56,7 @@ def run_job(
         run.open(resume=True, allow_other_versions=allow_other_versions)
         return dict(finished)
     plan = Plan.make(run)
+    sharding.check_processes(job.train, world)
     tokenizer = load_tokenizer(job.model.ref, trust_remote_code=job.model.trust_remote_code)
     tasks = build_stream(job.data, seed=job.seed, tokenizer=tokenizer, sources=plugins.data_sources(run))
     tasks = arranged(run, tasks)
@@ -102,6 +104,17 @@ def _self_play(
     scorer = scorer_for(run, tokenizer, run.job.train, play)
     held_out = HeldOut(run, iterations, tokenizer, console, items, scorer)
     return lambda spec: SelfPlayStream(spec, run, plan, iterations, play=play, owner=owner, held_out=held_out)
+
+
+def _refuse_data(run: Run, player: str) -> None:
+    """Self-play makes what is learned; training data beside it would be left out in silence."""
+    bringing = run.plugins.implements("training_data")
+    if bringing:
+        raise UserError(
+            f"plugins '{player}' and '{bringing[0]}' cannot be combined: the one makes the pairs that are learned "
+            f"(hook self_play), and the other brings training data (hook training_data) that nobody would see; leave "
+            f"one of them out"
+        )
 
 
 def check_job(spec: JobSpec) -> None:
@@ -168,7 +181,7 @@ class Plan:
     @classmethod
     def make(cls, run: Run) -> Plan:
         """Resolve everything and refuse what cannot work, on a model without weights."""
-        run.plugins.call("check", run=run)
+        run.plugins.check(run)
         from_plugin = run.plugins.call_one("training_algorithm", run=run)
         play = run.plugins.call_one("self_play", run=run)
         if play and from_plugin:
@@ -178,11 +191,14 @@ class Plan:
                 f"training_algorithm); leave one of them out"
             )
         if play:
+            _refuse_data(run, play[0])
             from_plugin = play[0], self_play_algorithm()
         chosen = from_plugin[1] if from_plugin else algorithm(run.job.algorithm)
         for fields in ({}, *run.job.per_task.values()):
             check_fields(chosen.config, {**run.job.train, **fields})
         sharding.check(run.job.train, run.plugins)
+        checkpointing = bool(default(chosen.config, run.job.train, "gradient_checkpointing"))
+        sharding.check_recomputation(run.job.train, checkpointing)
         model = run.job.model
         meta = build_meta(model.ref, inline=model.config, trust_remote_code=model.trust_remote_code)
         check_trainable(meta.config, model.ref)

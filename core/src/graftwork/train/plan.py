@@ -22,6 +22,7 @@ from graftwork.train.adapters import AdapterStack, count_parameters
 from graftwork.train.algorithms import check_per_task
 from graftwork.train.footprint import BYTES, FULL, HALF, Sharding, activations, default, state
 from graftwork.train.job import Plan
+from graftwork.train.sharding import recomputes
 
 # What a prompt is taken to be long where neither the recipe nor the trainer limits it.
 UNLIMITED_PROMPT = 512
@@ -197,7 +198,7 @@ def _memory(plan: Plan, job: Job, trainable: int, total: int, gpus: int) -> list
         rows=batch,
         prompt=prompt,
         answer=answer,
-        checkpointing=bool(default(trainer, train, "gradient_checkpointing")),
+        checkpointing=recomputes(train) or bool(default(trainer, train, "gradient_checkpointing")),
         compute_bytes=HALF if half or size == HALF else FULL,
     )
     whole = parts.weights + parts.gradients + parts.optimizer + most

@@ -141,6 +141,39 @@ def check(train: Mapping[str, Any], plugins: Plugins, environ: Mapping[str, str]
             )
 
 
+def recomputes(train: Mapping[str, Any]) -> bool:
+    """Return whether FSDP2 itself is asked to compute activations again instead of keeping them."""
+    if kind_of(train) != "fsdp2":
+        return False
+    return str(fsdp_config(train).get("activation_checkpointing", False)).lower() == "true"
+
+
+def check_recomputation(train: Mapping[str, Any], checkpointing: bool) -> None:
+    """Refuse that both FSDP2 and the trainer (``checkpointing``, by default with TRL) do so.
+
+    Raises:
+        UserError: they do.
+    """
+    if checkpointing and recomputes(train):
+        raise UserError(
+            "train.fsdp_config.activation_checkpointing and train.gradient_checkpointing both compute activations "
+            "again; set train.gradient_checkpointing: false, which TRL's trainers turn on"
+        )
+
+
+def check_processes(train: Mapping[str, Any], count: int) -> None:
+    """Refuse FSDP2 in one process, which has nobody to share with; DeepSpeed can still offload.
+
+    Raises:
+        UserError: it is one.
+    """
+    if count == 1 and kind_of(train) == "fsdp2":
+        raise UserError(
+            "train.fsdp divides the model among processes, and this is one; start several with "
+            "`torchrun --nproc_per_node N -m graftwork ...`, or remove train.fsdp"
+        )
+
+
 def check_active(kind: str | None, trainer: Trainer) -> None:
     """Make sure that FSDP2 is on where it was asked for: accelerate trains data-parallel on CPUs without a word.
 
