@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -16,10 +17,73 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graftwork.errors import UserError
+from graftwork.errors import UserError, first_line
 
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself reads no longer one."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITTEN = {
+    **dict.fromkeys(NO_ROOM, "the disk is full; make room there, or name another place"),
+    errno.EFBIG: "files may not grow so large there; name another place",
+    errno.EROFS: "the file system is read-only; name another place",
+    errno.EACCES: "permission denied; name a place that you may write to",
+    errno.EPERM: "permission denied; name a place that you may write to",
+    errno.EIO: "the device failed; name another place",
+}
+_TORN = ("PytorchStreamWriter", "inline_container")
+"""What torch says of a file that it could not write; it does not say why."""
+
+
+def not_written(path: Path | str, error: BaseException) -> UserError:
+    """Return in one sentence that ``path`` could not be written, why, and what would help."""
+    reason = _reason(error)
+    if reason is None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return UserError(f"'{path}' cannot be written: {reason}")
+
+
+@contextlib.contextmanager
+def told_when_not_written(folder: Path, more: str = "") -> Iterator[None]:
+    """Say in one sentence what could not be written in or below ``folder``, whoever was writing.
+
+    ``more`` follows the sentence. What else is raised goes on as it is, such as of files that cannot be read.
+
+    Raises:
+        UserError: something could not be written.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        for one in _chain(error):
+            place = getattr(one, "filename", None)
+            inside = isinstance(place, str) and Path(place).absolute().is_relative_to(folder.absolute())
+            denied = isinstance(one, OSError) and one.errno in (errno.EACCES, errno.EPERM, errno.EIO)
+            # Not allowed, it may have been reading somewhere else.
+            if _reason(one) is not None and (inside or not denied):
+                told = not_written(place if isinstance(place, str) and inside else folder, one)
+                raise UserError(f"{told}{more}") from error
+        raise
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+        return _NOT_WRITTEN[error.errno]
+    # By its text, because safetensors and torch report what the system says as errors of their own.
+    for code in (*NO_ROOM, errno.EFBIG, errno.EROFS):
+        if os.strerror(code) in str(error):
+            return _NOT_WRITTEN[code]
+    torn = isinstance(error, RuntimeError) and any(word in str(error) for word in _TORN)
+    return _NOT_WRITTEN[errno.ENOSPC] if torn else None
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -46,7 +110,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             aside.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
+        raise not_written(path, error) from None
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -68,7 +132,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside, descriptor = _make_aside(path, _new_folder)
     except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
+        raise not_written(path, error) from None
     try:
         yield aside
         _settle(aside)
@@ -81,9 +145,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        # By its text, because safetensors reports a full disk as an error of its own.
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise UserError(f"'{path}' cannot be written: the disk is full") from error
+        if any(os.strerror(code) in str(error) for code in NO_ROOM):
+            raise not_written(path, error) from error
         raise
     finally:
         os.close(descriptor)
@@ -102,12 +165,26 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside, descriptor = _make_aside(path, _new_folder)
     except OSError as error:
-        raise UserError(f"'{path.parent}' cannot be written: {error.strerror or error}") from None
+        raise not_written(path.parent, error) from None
     try:
         yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder so that nobody ever sees half of it; what an attempt that was killed left of it goes, too."""
+    _sweep(path)
+    aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_leftover(path: Path, of: str) -> bool:
+    """Return whether ``path`` is what an attempt to write a file or folder named ``of`` leaves when it is killed."""
+    return re.fullmatch(rf"\.{re.escape(of)}-[0-9a-f]{{8}}\.part", path.name) is not None
 
 
 @contextlib.contextmanager

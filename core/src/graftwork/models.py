@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftwork.downloads import not_fetched
 from graftwork.errors import UserError
 from graftwork.files import atomic_folder, cache_folder, made_once, safetensors_header, sha256
 from graftwork.scratch import scratch_folder
@@ -374,6 +375,9 @@ class _sentences:
             return
         if isinstance(error, SafetensorError):
             raise UserError(f"model '{self.ref}': a safetensors file is damaged ({error})") from error
+        not_there = not_fetched(self.ref, error)
+        if not_there is not None:
+            raise not_there from error
         if isinstance(error, OSError | ValueError | KeyError | RuntimeError):
             lines = str(error).strip().splitlines()
             first = lines[0] if lines else type(error).__name__

@@ -16,13 +16,14 @@ from typing import Any
 
 from graftwork.console import Console
 from graftwork.errors import UserError
-from graftwork.files import write_json_atomic
+from graftwork.files import is_leftover, not_written, write_json_atomic
 from graftwork.plugins import Plugins
 from graftwork.recipe import Job
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+LOCK = ".lock"
 
 
 class Events:
@@ -143,7 +144,7 @@ class Run:
                     f"{self.world_size}; resume with the same number"
                 )
             return
-        if self.directory.exists() and any(entry.name != ".lock" for entry in self.directory.iterdir()):
+        if self.directory.exists() and not all(map(_before_all, self.directory.iterdir())):
             raise UserError(f"'{self.directory}' is not empty and holds no run; name another --output")
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, manifest)
@@ -167,9 +168,9 @@ def lock_folder(directory: Path) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".lock").open("w")
+        handle = (directory / LOCK).open("w")
     except OSError as error:
-        raise UserError(f"run directory '{directory}' cannot be written: {error.strerror}") from None
+        raise not_written(directory, error) from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,6 +179,11 @@ def lock_folder(directory: Path) -> Iterator[None]:
                 f"'{directory}' is in use by another process; wait for it or name another --output"
             ) from None
         yield
+
+
+def _before_all(entry: Path) -> bool:
+    """Return whether a run that was killed before it had a manifest leaves such an entry."""
+    return entry.name == LOCK or is_leftover(entry, MANIFEST)
 
 
 def _same_job(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:

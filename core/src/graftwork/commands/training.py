@@ -18,7 +18,7 @@ from graftwork import expect
 from graftwork.card import keep_result
 from graftwork.console import Console
 from graftwork.errors import UserError
-from graftwork.files import write_json_atomic
+from graftwork.files import told_when_not_written, write_json_atomic
 from graftwork.plugins import find
 from graftwork.recipe import JobSpec, Recipe, expand, with_outputs
 from graftwork.recipes import locate
@@ -178,7 +178,7 @@ def _metrics(recipe: Recipe) -> list[str]:
 def _run_jobs(
     recipe: Recipe, root: Path, console: Console, resume: bool, allow_other_versions: bool
 ) -> list[dict[str, Any]]:
-    from graftwork.run import lock_folder
+    from graftwork.run import LOCK, lock_folder
     from graftwork.train.job import quiet_libraries
 
     quiet_libraries()
@@ -191,11 +191,11 @@ def _run_jobs(
             checked.add(spec.arm)
     if len(recipe.jobs) == 1:
         return [_one(recipe.jobs[0], root, console, resume, allow_other_versions)]
-    # Asked by the main process only: it may have begun to write when the others come here.
-    if console.enabled and root.exists() and any(root.iterdir()) and not resume:
-        raise UserError(f"'{root}' is not empty; add --resume to go on with it, or name another --output")
     jobs = []
     with lock_folder(root) if console.enabled else contextlib.nullcontext():
+        # Asked by the main process only: it may have begun to write when the others come here.
+        if console.enabled and not resume and any(entry.name != LOCK for entry in root.iterdir()):
+            raise UserError(f"'{root}' is not empty; add --resume to go on with it, or name another --output")
         for number, spec in enumerate(recipe.jobs, 1):
             console.say(f"[{number}/{len(recipe.jobs)}] {spec.arm}  {spec.variant}")
             folder = root / spec.folder
@@ -224,7 +224,8 @@ def _one(spec: JobSpec, folder: Path, console: Console, resume: bool, allow: boo
         from graftwork.transform.job import run_transform
 
         run = run_transform
-    result = run(spec, folder, console=console, resume=resume, allow_other_versions=allow)
+    with told_when_not_written(folder, "; --resume goes on from there"):
+        result = run(spec, folder, console=console, resume=resume, allow_other_versions=allow)
     losses = [
         {
             key: value
@@ -304,5 +305,7 @@ def _point_last(root: Path) -> None:
     """Let ``runs/last`` name the newest run."""
     link = root.parent / "last"
     aside = root.parent / f".last-{os.getpid()}"
+    # One of a process of the same number that was killed.
+    aside.unlink(missing_ok=True)
     aside.symlink_to(root.name)
     aside.replace(link)

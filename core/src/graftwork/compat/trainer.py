@@ -1,7 +1,8 @@
 """Seams of ``transformers.Trainer`` that its public interface does not offer.
 
 Tested with transformers 5.19 to 5.23. Both read attributes that the Trainer documents for
-subclasses; the second wraps ``_load_from_checkpoint``.
+subclasses; the second wraps ``_load_from_checkpoint``. :mod:`graftwork.train.compose` also wraps ``_run_epoch``,
+which older versions lack: there a run that was cut off right after its last step takes one more.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from transformers import Trainer
+
+
+TOKENS = "_total_train_tokens"
+"""Where some trainers of TRL count tokens; they begin again at 0 when they resume."""
 
 
 def loss_is_scaled(trainer: Trainer, num_items_in_batch: Any) -> bool:

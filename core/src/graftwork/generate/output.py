@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from graftwork.errors import UserError
-from graftwork.files import write_json_atomic
+from graftwork.files import not_written, write_json_atomic
 
 OURS = ("answer", "tokens", "index")
 """What a line has besides the fields of the record; a field of such a name is kept as ``input_<name>``."""
@@ -53,6 +53,8 @@ class AnswerFile:
         self.beside = path.with_name(f"{path.name}.settings.json")
         self.settings = json.loads(json.dumps(settings))
         if path.exists() and not resume:
+            if _held(path):
+                raise self._in_use()
             raise UserError(
                 f"'{path}' already exists; add --resume to go on with it, or name another --output"
             )
@@ -64,41 +66,60 @@ class AnswerFile:
     def open(self) -> Iterator[None]:
         """Hold the file and cut off a line that was not finished; :meth:`write` appends.
 
+        Where nothing was written in the end, nothing that was not there before is left behind.
+
         Raises:
             UserError: another process holds it, or it cannot be written.
         """
-        # The settings come first: without them the file could not be gone on with.
-        write_json_atomic(self.beside, self.settings)
+        made = [path for path in (self.path, self.beside) if not path.exists()]
         with _written(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab", buffering=0)
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"'{self.path}' is being written by another process; wait for it or name another --output"
-                ) from None
+                raise self._in_use() from None
             except OSError:
                 # Some network file systems have no locks.
                 pass
             before = self.done
             self.done = self._count()
-            if self.done != before:
+            # Where the other has removed it meanwhile, what is held here has no name any more.
+            if self.done != before or not self.path.exists() or not _same_file(file, self.path):
                 raise UserError(
                     f"'{self.path}' was written by another process meanwhile; try again with --resume"
                 )
-            with _written(self.path):
-                os.truncate(self.path, self.length)
-            self.file: BinaryIO | Any = file
-            yield
+            try:
+                write_json_atomic(self.beside, self.settings)
+                with _written(self.path):
+                    os.truncate(self.path, self.length)
+                self.file: BinaryIO | Any = file
+                yield
+            finally:
+                if not self.done:
+                    for path in made:
+                        path.unlink(missing_ok=True)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line."""
+        """Append one line, whole or not at all."""
         line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        with _written(self.path):
-            while line:
-                line = line[self.file.write(line) :]
+        length = self.length + len(line)
+        try:
+            with _written(self.path):
+                while line:
+                    line = line[self.file.write(line) :]
+        except UserError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self.length)
+            raise
+        self.length = length
         self.done += 1
+
+    def _in_use(self) -> UserError:
+        return UserError(
+            f"'{self.path}' is being written by another process; wait for it or name another --output"
+        )
 
     def _count(self) -> int:
         """Return the number of whole lines; ``length`` is where they end."""
@@ -117,7 +138,8 @@ class AnswerFile:
 
     def _check_settings(self) -> None:
         if not self.beside.exists():
-            if self.path.exists():
+            # An empty one is left by a run that was killed at once.
+            if self.path.exists() and self.path.stat().st_size:
                 raise UserError(
                     f"'{self.path}' has no '{self.beside.name}' beside it, which says how its answers were made; "
                     f"name another --output"
@@ -147,4 +169,20 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
+        raise not_written(path, error) from None
+
+
+def _held(path: Path) -> bool:
+    """Return whether another process writes ``path``."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _same_file(file: BinaryIO | Any, path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())

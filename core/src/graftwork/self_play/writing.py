@@ -142,9 +142,11 @@ def write_round(
         samples = _scored(folder / "scored", run, play, player, samples, size)
         if run.main:
             _save(path, player, items, samples, [seeds[k // size] for k in range(len(samples))])
-            for phase in ("written", "scored"):
-                shutil.rmtree(folder / phase, ignore_errors=True)
         barrier()
+    if run.main:
+        # Also where it was cut off between the round and this.
+        for phase in ("written", "scored"):
+            shutil.rmtree(folder / phase, ignore_errors=True)
     return _load(path, player, items)
 
 

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
+from graftwork.compat.trainer import TOKENS
 from graftwork.errors import UserError
 from graftwork.files import write_json_atomic
 
@@ -55,13 +57,22 @@ def load_plugin_states(run: Run, folder: Path) -> None:
 class MarkCheckpoints(TrainerCallback):
     """After the Trainer has saved a checkpoint: add plugin state, then the marker that makes it count.
 
-    The marker holds the place in ``metrics.jsonl`` and what ``so_far`` tells: the task, and the stream's scores.
+    The marker holds the place in ``metrics.jsonl`` and what ``so_far`` tells: the task, and the stream's scores. Older
+    checkpoints go after it was written, which the Trainer would do before: there would be none for a moment.
     """
 
     def __init__(self, run: Run, trainer: Trainer, so_far: Callable[[], Mapping[str, Any]]) -> None:
         self.run = run
         self.trainer = trainer
         self.so_far = so_far
+        self.limit = trainer.args.save_total_limit
+        trainer.args.save_total_limit = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # What is averaged until it is logged must not be open when a checkpoint is written: a resumed run lacks it.
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -72,7 +83,10 @@ class MarkCheckpoints(TrainerCallback):
             # The Trainer pickles its arguments beside the weights; nothing ever reads that file.
             (folder / "training_args.bin").unlink(missing_ok=True)
             position = {"step": state.global_step, "events": self.run.events.position}
+            position["tokens"] = getattr(self.trainer, TOKENS, 0)
             write_json_atomic(folder / MARKER, {**position, **self.so_far()})
+            best = state.best_model_checkpoint
+            rotate_checkpoints(args.output_dir, save_total_limit=self.limit, best_model_checkpoint=best)
 
 
 def latest_checkpoint(run: Run, task: str) -> tuple[Path, Mapping[str, Any]] | None:

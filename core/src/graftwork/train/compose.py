@@ -155,6 +155,16 @@ class Composed(Trainer):
         with keep_adapter_activity(model or cast(Any, self.model)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        folder = kwargs.get("resume_from_checkpoint")
+        if folder is None or self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+            return
+        # The checkpoint of the very last step: the Trainer would take one more before it looks at their number.
+        self._load_rng_state(folder)
+        self.control.should_training_stop = True
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+
     def _bare(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return ``model`` without what distributes it; looked up once, since that walks all modules."""
         if self._unwrapped[0] is not model:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, safetensors_header, write_json_atomic
+from graftwork.files import atomic_folder, not_written, safetensors_header, write_json_atomic
 from graftwork.transform.format import index_name
 
 # What else of a model's folder belongs to it: tokenizer, chat template, generation settings.
@@ -85,9 +84,7 @@ class Writer:
         except FileExistsError:
             raise UserError(f"'{target}' is there already; name another --output") from None
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk is full" if full else error.strerror or str(error)
-            raise UserError(f"'{target}' cannot be written: {reason}") from None
+            raise not_written(target, error) from None
         return total
 
     def _is_mine(self, target: Path) -> bool:
@@ -122,9 +119,7 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
         os.replace(aside, path)
     except (SafetensorError, OSError) as error:
         aside.unlink(missing_ok=True)
-        full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-        reason = "the disk is full" if full else error
-        raise UserError(f"'{path}' cannot be written: {reason}") from None
+        raise not_written(path, error) from None
 
 
 def _beside(folder: Path | None) -> list[Path]:

@@ -1,0 +1,44 @@
+"""What went wrong when a model was fetched from the hub, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from graftwork.errors import UserError, first_line
+
+_UNREACHED = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError", "gaierror")
+_NETWORK = ("httpx", "httpcore", "requests", "urllib3")
+"""Libraries whose errors are those of a connection; a version's number may follow their name."""
+_INCOMPLETE = "Consistency check failed"
+
+
+def not_fetched(ref: str, error: BaseException) -> UserError | None:
+    """Return in one sentence why the model ``ref`` could not be fetched; None where ``error`` is about something else."""
+    from huggingface_hub import constants
+
+    errors = list(_chain(error))
+    names = {type(one).__name__ for one in errors}
+    hub = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE and names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        return UserError(
+            f"model '{ref}' is not in the cache, and HF_HUB_OFFLINE keeps from the network; unset it to fetch the "
+            f"model from {hub}"
+        )
+    if names & set(_UNREACHED):
+        return UserError(
+            f"model '{ref}' is not in the cache, and {hub} cannot be reached; look at the network, or name a folder "
+            f"(with HF_HUB_OFFLINE=1 only the cache is asked, without waiting)"
+        )
+    for one in errors:
+        library = type(one).__module__.partition(".")[0].rstrip("0123456789")
+        if library in _NETWORK or _INCOMPLETE in str(one):
+            return UserError(
+                f"model '{ref}' has not come whole from {hub} ({first_line(one)}), and nothing of it is used; try again"
+            )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
