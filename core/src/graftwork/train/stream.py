@@ -15,11 +15,12 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from graftwork import memory
+from graftwork.compat.trainer import TOKENS
 from graftwork.console import Console
 from graftwork.data.tasks import Task
 from graftwork.distributed import barrier
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, write_json_atomic
+from graftwork.files import atomic_folder, discard, write_json_atomic
 from graftwork.models import load_chosen, load_model
 from graftwork.recipe import JobSpec
 from graftwork.run import Run
@@ -69,8 +70,8 @@ class Stream:
         self.state_bytes = 0
         self.adapter_bytes = 0
         self.updates = Updates(self.job.evaluate.interference)
-
         self.sharding = sharding.kind_of(self.job.train)
+
     def execute(self) -> dict[str, Any]:
         memory.reset_peak()
         names = [task.name for task in self.tasks]
@@ -80,6 +81,7 @@ class Stream:
         self.stack = AdapterStack(self.plan.adapter, self._base(), self.job.model.ref)
         current = self.tasks[len(done)].name if len(done) < len(self.tasks) else ""
         self.checkpoint = latest_checkpoint(self.run, current)
+        self._tidy(len(done))
         if done:
             self._restore(done)
         if self.checkpoint:
@@ -99,6 +101,15 @@ class Stream:
         """Load the model that the job names."""
         return load_chosen(self.job.model).to(self.device)
 
+    def _tidy(self, done: int) -> None:
+        """Remove what a run that was cut off just behind a stage had no time to."""
+        barrier()
+        if self.run.main:
+            if self.checkpoint is None:
+                shutil.rmtree(self.run.stages / CURRENT, ignore_errors=True)
+            for index in range(done):
+                self._forget_model(index - self.kept_models)
+
     # ------------------------------------------------------------------ one task
 
     def _learn(self, task: Task) -> None:
@@ -114,12 +125,19 @@ class Stream:
             load_plugin_states(self.run, folder)
             # The pass before the first step was in it already.
             self.statistics_seconds = marker["statistics_seconds"]
+            if hasattr(trainer, TOKENS):
+                setattr(trainer, TOKENS, marker.get("tokens", 0))
             self.console.say(f"resuming {task.name} at step {marker['step']}")
         else:
             self.run.events.write("task", task=task.name, index=task.index)
         self.started = time.perf_counter()
-        with refused_pickles(folder):
-            trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+        try:
+            with refused_pickles(folder):
+                trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+        except Exception:
+            # A checkpoint that was not written whole; where the disk is full it takes up room.
+            latest_checkpoint(self.run, task.name)
+            raise
         self.train_seconds += time.perf_counter() - self.started
         sharding.let_go()
         self.stack.forget_others()
@@ -163,6 +181,7 @@ class Stream:
                 train_dataset=dataset,
                 processing_class=self.tokenizer,
             )
+        sharding.check_active(self.sharding, trainer)
         self._tell_lost_items(task, len(dataset), len(cast(Any, trainer.train_dataset)))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -181,7 +200,6 @@ class Stream:
             dataset = dataset if replaced is None else replaced
         return dataset
 
-        sharding.check_active(self.sharding, trainer)
     def _tell_lost_items(self, task: Task, given: int, kept: int) -> None:
         """Say so where the trainer drops items: their prompts fill ``max_length``, nothing is left to learn."""
         if kept == 0:
@@ -246,14 +264,15 @@ class Stream:
                 }
                 write_json_atomic(building / STAGE, record)
             shutil.rmtree(self.run.stages / CURRENT, ignore_errors=True)
-            old = task.index - self.kept_models
-            if self.plan.adapter is None and old >= 0:
-                # Full weights: only the newest stages keep them, or a long stream would fill the disk.
-                previous = stage_folder(self.run, old, self.tasks[old].name)
-                shutil.rmtree(previous / "model", ignore_errors=True)
+            self._forget_model(task.index - self.kept_models)
         else:
             self.run.plugins.call("save_state", run=self.run)
         barrier()
+
+    def _forget_model(self, index: int) -> None:
+        """Full weights: only the newest stages keep them, or a long stream would fill the disk."""
+        if self.plan.adapter is None and index >= 0:
+            discard(stage_folder(self.run, index, self.tasks[index].name) / "model")
 
     def _adapter_bytes(self, folder: Path) -> int:
         """Return the size of all adapters that a stage keeps; 0 where it keeps the whole model."""
@@ -299,8 +318,12 @@ class Stream:
         output = self.run.directory / ("adapter" if self.plan.adapter else "model")
         if self.run.main:
             shutil.rmtree(output, ignore_errors=True)
+            card = stage_folder(self.run, self.tasks[-1].index, self.tasks[-1].name) / "model/README.md"
             with atomic_folder(output) as building:
                 self.stack.export(building)
+                if card.is_file():
+                    # With what the trainer put there; where none was needed since a resume, there was no trainer.
+                    shutil.copyfile(card, building / card.name)
                 self.tokenizer.save_pretrained(str(building))
         result = {
             "name": self.spec.arm,
