@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from graftwork.scaffold import create
 
 ROOT = Path(__file__).parents[1]
 UV = Path(sys.executable).with_name("uv")
@@ -104,9 +105,14 @@ def test_wheels_hold_the_package_its_recipes_and_no_tests(wheels: list[Path]) ->
     assert set(names) == {"graftwork", "graftwork_kernels", "graftwork_sparta"}
     assert "graftwork_sparta/recipes/claim.yaml" in names["graftwork_sparta"]
     assert "graftwork/testing/models.py" in names["graftwork"]
+    templates = ROOT / "core/src/graftwork/templates"
+    written = [path.relative_to(templates) for path in templates.rglob("*") if path.is_file()]
+    assert {f"graftwork/templates/{path.as_posix()}" for path in written} <= set(names["graftwork"])
+    assert "graftwork/templates/common/.github/workflows/test.yml" in names["graftwork"]
     for package, files in names.items():
         assert all(file.startswith((f"{package}/", f"{package}-")) for file in files), files
-        assert not [file for file in files if "/tests/" in file or file.endswith(".pyc")]
+        ours = [file for file in files if not file.startswith("graftwork/templates/")]
+        assert not [file for file in ours if "/tests/" in file or file.endswith(".pyc")]
 
 
 def test_the_environment_does_not_see_the_checkout(installed: Installed, tmp_path: Path) -> None:
@@ -143,6 +149,16 @@ def test_list_and_show(installed: Installed, tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "recipes: sparta:claim" in shown.stdout
     assert "rank_specific" in shown.stdout
+
+
+def test_a_new_plugin_is_written_whole(installed: Installed, tmp_path: Path) -> None:
+    done = installed.call("plugins", "new", "fresh", "--kind", "loss", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    from_checkout = create("fresh", "loss", tmp_path / "from-checkout")
+    files = [path.relative_to(from_checkout) for path in from_checkout.rglob("*") if path.is_file()]
+    assert Path(".github/workflows/test.yml") in files
+    for file in files:
+        assert (tmp_path / "graftwork-fresh" / file).read_bytes() == (from_checkout / file).read_bytes()
 
 
 def test_train(installed: Installed, checkpoint: Path, stream: Path, tmp_path: Path) -> None:
