@@ -245,14 +245,15 @@ class Plugins:
 def _deprecated(manager: pluggy.PluginManager, name: str) -> Iterator[str]:
     """Yield a sentence for every deprecated hook that the plugin implements, and every such argument that it takes."""
     for caller in manager.get_hookcallers(manager.get_plugin(name)) or []:
-        (impl,) = [one for one in caller.get_hookimpls() if one.plugin_name == name]
         spec = caller.spec
         if spec is None:
             continue
         if spec.warn_on_impl:
             yield f"{_named(name)} implements the hook '{caller.name}', which is deprecated: {spec.warn_on_impl}"
-        for argument in (*impl.argnames, *impl.kwargnames):
-            if warning := (spec.warn_on_impl_args or {}).get(argument):
+        mine = [impl for impl in caller.get_hookimpls() if impl.plugin_name == name]
+        taken = {argument for impl in mine for argument in (*impl.argnames, *impl.kwargnames)}
+        for argument, warning in (spec.warn_on_impl_args or {}).items():
+            if argument in taken:
                 yield (
                     f"{_named(name)} takes the argument '{argument}' of the hook '{caller.name}', which is deprecated: "
                     f"{warning}"
