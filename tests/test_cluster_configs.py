@@ -16,8 +16,11 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from graftwork.card import hooks_of
+from graftwork.plugins import discover, load_class
 from graftwork.recipe import load
 from graftwork.train.algorithms import algorithm, build_arguments
+from graftwork.train.sharding import TRAINING
 from graftwork.yaml_lines import read
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.run import parse_args
@@ -160,3 +163,19 @@ def test_what_is_to_be_typed_names_what_is_there(place: str) -> None:
         assert (FOLDER.parents[1] / path.rstrip(".")).exists(), path
     for size in re.findall(r"--size ([\w-]+)", text):
         assert size in SHAPES
+
+
+def test_the_table_of_what_is_equal_is_what_plugins_declare() -> None:
+    rows = [
+        line.split("|")[1:-1] for line in (FOLDER / "README.md").read_text().splitlines() if line[:3] == "| `"
+    ]
+    told = {}
+    for names, *cells in rows:
+        ddp, *sharded = [cell.strip() for cell in cells]
+        assert ddp == "yes"
+        kinds = {
+            kind for kind, cell in zip(("zero2", "zero3", "fsdp2"), sharded, strict=True) if cell[:3] == "yes"
+        }
+        told |= dict.fromkeys(re.findall(r"`([a-z-]+)`", names.replace("`loss_term`", "")), kinds)
+    training = [name for name in discover() if set(hooks_of(load_class(name))) & set(TRAINING)]
+    assert told == {name: getattr(load_class(name), "sharding", set()) for name in training}

@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from graftwork.card import hooks_of
+from graftwork.models import load_chosen
 from graftwork.plugins import discover, load_class
+from graftwork.recipe import ModelOptions
 from graftwork.testing.data import tiny_stream, tiny_sums
-from graftwork.testing.distributed import Job, compared, run
+from graftwork.testing.distributed import Job, compare, compared, run
 from graftwork.testing.models import CONFIGS, tiny_tokenizer
 from graftwork.testing.packages import install_plugin
 from graftwork.train.sharding import KINDS, TRAINING
@@ -254,14 +256,20 @@ def test_sharded_training_equals_one_process(
     names = [name for name in ARMS if kind in declared(name)]
     assert {"lora", "full", "replay", "tpaw"} <= set(names)
     jobs = [make(name, kind, "--plugin", "watch") for name in names]
-    run(jobs, tmp_path / "one", 1, watched)
-    run(jobs, tmp_path / "two", 2, watched)
+    found = compare(jobs, tmp_path, env=watched)
     for job in jobs:
-        compared(job, tmp_path / "one" / job.name, tmp_path / "two" / job.name)
-        seen = events(tmp_path / "two" / job.name, "weights")
+        seen = events(found[job.name].several, "weights")
         # Divided it really was, and by what was asked for.
         assert all(event["dtensor"] == (kind == "fsdp2") for event in seen)
         assert all(event["zero3"] == (kind == "zero3") for event in seen)
+    text = torch.arange(3, 40)[None]
+    for name in ("lora", "full"):
+        # What is left is whole: it is loaded as any other.
+        first, second = (
+            load_chosen(ModelOptions(ref=str(root)))(text).logits
+            for root in (found[name].one, found[name].several)
+        )
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

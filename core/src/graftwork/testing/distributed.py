@@ -11,8 +11,10 @@ longer than a tiny job, so :func:`compare` does many jobs in one launch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +34,9 @@ OF_OTHERS = 1e-4, 1e-5
 which fp32 rounds to about 1e-6 each."""
 OF_WEIGHTS = 1e-3, 1e-5
 """The same of trained weights: Adam's first steps magnify the rounding of small gradients."""
-SECONDS = 600
+STARTING, EACH = 300, 60
+"""Seconds after which a launch is given up: for its start (DeepSpeed compiles at its first), and for each job."""
+LATE = 124
 SIZE = "train.per_device_train_batch_size"
 CALM = ("train.adam_epsilon=1e-5", "train.logging_steps=1")
 """Adam divides by the size of a gradient: with its usual epsilon it blows up the rounding of the smallest ones, and
@@ -71,8 +75,8 @@ class Job:
 class Comparison:
     """What came out: both runs' folders, and the largest relative difference of every logged figure.
 
-    ``largest`` maps a figure's name to the largest |a - b| / max(|a|, |b|) over all steps where its size exceeds the
-    absolute tolerance. ``steps`` is how many steps were compared.
+    ``largest`` maps a figure's name to the largest |a - b| / max(|a|, |b|) over all steps in which the figure is large
+    enough for the relative tolerance to be the wider one. ``steps`` is how many steps were compared.
     """
 
     one: Path
@@ -112,7 +116,7 @@ def run(jobs: Sequence[Job], folder: Path, processes: int, env: Mapping[str, str
     """Run all jobs, each to ``folder/<its name>``, in one launch of so many processes; return what they printed.
 
     Raises:
-        AssertionError: one failed; the message names it.
+        AssertionError: one failed, or all of them took too long; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "jobs.json"
@@ -121,19 +125,46 @@ def run(jobs: Sequence[Job], folder: Path, processes: int, env: Mapping[str, str
     if processes > 1:
         rendezvous = ("--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
         words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *rendezvous, *words]
-    done = subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )
-    if done.returncode:
+    where = "one process" if processes == 1 else f"{processes} processes"
+    code, out, said = _launched([sys.executable, *words], STARTING + EACH * len(jobs), env or {})
+    if code:
         failed = folder / "failed"
         name = failed.read_text() if failed.exists() else "the launch"
-        raise AssertionError(f"{name} failed in {processes} processes: {_told(done.stderr)}")
-    return done.stdout
+        why = f"was not done after {STARTING + EACH * len(jobs)} s" if code == LATE else "failed"
+        raise AssertionError(f"{name} {why} in {where}: {_told(said)}")
+    return out
+
+
+def _launched(words: Sequence[str], seconds: float, env: Mapping[str, str]) -> tuple[int, str, str]:
+    """Return the exit code of ``words`` (:data:`LATE` where it took too long) and what it printed and said."""
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A group of its own, to end all of it.
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+    try:
+        out, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        out, said = process.communicate()
+        return LATE, out, said
+    except BaseException:
+        _end(process)
+        raise
+    return process.returncode, out, said
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a launch and what it started: torchrun itself ends its processes, whose groups are their own."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _told(text: str) -> str:
@@ -159,7 +190,7 @@ def compared(job: Job, one: Path, several: Path) -> Comparison:
             a, b = float(single[key]), float(double[key])
             relative, absolute = _tolerance(key)
             relative, size = job.tolerance.get(key, relative), max(abs(a), abs(b))
-            if size > absolute:
+            if relative * size > absolute:
                 largest[key] = max(largest.get(key, 0.0), abs(a - b) / size)
             if not abs(a - b) <= relative * size + absolute:
                 where = f"{single['task']} step {single['step']}"
