@@ -1,5 +1,5 @@
-"""Self-play with every kind of weights: LoRA, SpaRTA, PaRSP, all of them; in bf16, accumulated, on two processes;
-and killed in the middle of every phase."""
+"""Self-play with every kind of weights: LoRA, SpaRTA, PaRSP, all of them; in bf16, accumulated, sharded, and killed in
+the middle of every phase. Two processes are compared with one in test_distributed.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from graftwork.testing.data import tiny_sums
@@ -66,10 +65,6 @@ def logs(output: Path) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "log"]
 
 
-def pairs(output: Path, iteration: int) -> Any:
-    return pq.read_table(output / "rounds" / f"iteration-{iteration}" / "pairs.parquet")
-
-
 def weights_of(output: Path) -> dict[str, torch.Tensor]:
     (path,) = [*output.glob("adapter/*.safetensors"), *output.glob("model/*.safetensors")]
     return load_file(path)
@@ -110,27 +105,6 @@ def test_bf16_and_accumulation(
         assert other["reward/margin"] == pytest.approx(one["reward/margin"], abs=1e-4)
         assert low["loss"] == pytest.approx(one["loss"], rel=0.1)
     assert rounded[0]["reward/margin"] == pytest.approx(0, abs=5e-3)
-
-
-def test_two_processes_equal_one_with_twice_the_batch(
-    trainer: Callable[..., Any], checkpoint: Path, sums: Path, tmp_path: Path
-) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    outcome = trainer(*words(checkpoint, sums, one, "lora", "train.per_device_train_batch_size=4"))
-    assert outcome.code == 0, outcome.err
-    done = call_trainer(
-        words(checkpoint, sums, two, "lora", "train.per_device_train_batch_size=2"), processes=2
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    # The answers of the first round are the same, whoever wrote them.
-    assert pairs(two, 1).column("rejected_ids") == pairs(one, 1).column("rejected_ids")
-    for single, double in zip(logs(one), logs(two), strict=True):
-        for key in ("loss", "reward/margin", "boosted/age 0", "log-probability/target"):
-            assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-4), (key, single, double)
-    for name, value in weights_of(one).items():
-        torch.testing.assert_close(weights_of(two)[name], value, rtol=1e-3, atol=1e-4)
-    metrics = [json.loads((root / "result.json").read_text())["metrics"] for root in (one, two)]
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-3, abs=1e-4)
 
 
 # ---------------------------------------------------------------------- kill -9
