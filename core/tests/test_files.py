@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 from graftwork.errors import UserError
-from graftwork.files import atomic_folder, sha256, wait_for_lock, write_json_atomic, write_text_atomic
+from graftwork.files import (
+    atomic_folder,
+    discard,
+    is_leftover,
+    sha256,
+    told_when_not_written,
+    wait_for_lock,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -105,6 +114,50 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(UserError, match="the disk is full"), atomic_folder(tmp_path / "folder"):
         raise error
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full; make room there"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "the file system is read-only"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "files may not grow so large there"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), "the disk is full"),
+        (PermissionError(errno.EACCES, "denied", "{here}/run/file"), "permission denied; name a place"),
+    ],
+)
+def test_whoever_could_not_write_is_told(tmp_path: Path, error: Exception, sentence: str) -> None:
+    if isinstance(error, OSError) and error.filename:
+        error.filename = str(error.filename).format(here=tmp_path)
+    with (
+        pytest.raises(UserError, match=rf"{tmp_path}/run.* cannot be written: {sentence}.*; go on$"),
+        told_when_not_written(tmp_path / "run", "; go on"),
+    ):
+        try:
+            raise error
+        except Exception as cause:
+            raise ValueError("a library says something else") from cause
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(errno.EACCES, "denied", "/data/secret"), FileNotFoundError(2, "no", "x"), KeyError("a")],
+)
+def test_what_could_not_be_read_is_another_matter(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)), told_when_not_written(tmp_path):
+        raise error
+
+
+def test_a_folder_goes_at_once_with_what_is_left_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").touch()
+    (tmp_path / ".model-01234567.part").mkdir()
+    (tmp_path / ".other-01234567.part").mkdir()
+    discard(tmp_path / "model")
+    assert names(tmp_path) == [".other-01234567.part"]
+    discard(tmp_path / "model")
+    assert is_leftover(tmp_path / ".other-01234567.part", "other")
+    assert not is_leftover(tmp_path / ".other-01234567.part", "model")
 
 
 def test_what_is_there_already_stays(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,37 @@ def test_two_processes_do_not_share_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was written by another process meanwhile"), two.open():
         pass
     assert path.read_text() == '{"index": 0}\n'
+
+
+def test_a_file_that_is_held_is_not_taken_for_an_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path, SETTINGS, resume=False).open():
+        for resume in (False, True):
+            with (
+                pytest.raises(UserError, match="is being written by another process"),
+                AnswerFile(path, SETTINGS, resume=resume).open(),
+            ):
+                pass
+    assert list(tmp_path.iterdir()) == [], "nothing was answered"
+
+
+def test_a_line_that_does_not_fit_is_cut_off(tmp_path: Path) -> None:
+    class Full:
+        def write(self, content: memoryview) -> int:
+            with path.open("ab") as file:
+                file.write(content[:4])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "answers.jsonl"
+    file = AnswerFile(path, SETTINGS, resume=False)
+    with pytest.raises(UserError, match="cannot be written: the disk is full; make room there"), file.open():
+        file.write({"index": 0})
+        file.file = Full()
+        file.write({"index": 1})
+    assert path.read_text() == '{"index": 0}\n'
+    with (again := AnswerFile(path, SETTINGS, resume=True)).open():
+        again.write({"index": 1})
+    assert path.read_text() == '{"index": 0}\n{"index": 1}\n'
 
 
 def test_fields_of_the_input_keep_their_values() -> None:

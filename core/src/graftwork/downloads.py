@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from graftwork.errors import UserError, first_line
+from graftwork.files import safetensors_header
 
 _UNREACHED = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError", "gaierror")
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3")
@@ -13,7 +15,7 @@ _INCOMPLETE = "Consistency check failed"
 
 
 def not_fetched(ref: str, error: BaseException) -> UserError | None:
-    """Return in one sentence why the model ``ref`` could not be fetched; None where ``error`` is about something else."""
+    """Return in one sentence why the model ``ref`` could not be fetched; None where it is about something else."""
     from huggingface_hub import constants
 
     errors = list(_chain(error))
@@ -35,6 +37,26 @@ def not_fetched(ref: str, error: BaseException) -> UserError | None:
             return UserError(
                 f"model '{ref}' has not come whole from {hub} ({first_line(one)}), and nothing of it is used; try again"
             )
+    return None
+
+
+def damaged_in_cache(ref: str) -> Path | None:
+    """Return a weight file of the hub's model ``ref`` that came damaged; None where there is none.
+
+    The hub's client believes the size that it is told, and keeps what it has.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(ref, "config.json")
+    except HFValidationError:
+        return None
+    for path in sorted(Path(config).parent.glob("*.safetensors")) if isinstance(config, str) else []:
+        try:
+            safetensors_header(path)
+        except UserError:
+            return path.resolve()
     return None
 
 

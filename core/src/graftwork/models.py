@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwork.downloads import not_fetched
+from graftwork.downloads import damaged_in_cache, not_fetched
 from graftwork.errors import UserError
 from graftwork.files import atomic_folder, cache_folder, made_once, safetensors_header, sha256
 from graftwork.scratch import scratch_folder
@@ -374,7 +374,9 @@ class _sentences:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return
         if isinstance(error, SafetensorError):
-            raise UserError(f"model '{self.ref}': a safetensors file is damaged ({error})") from error
+            damaged = damaged_in_cache(self.ref)
+            cure = f"; remove '{damaged}' to fetch it again" if damaged is not None else ""
+            raise UserError(f"model '{self.ref}': a safetensors file is damaged ({error}){cure}") from error
         not_there = not_fetched(self.ref, error)
         if not_there is not None:
             raise not_there from error

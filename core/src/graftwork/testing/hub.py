@@ -17,18 +17,20 @@ WEIGHTS = "model.safetensors"
 
 
 class Hub:
-    """Serves the files of ``folder`` as the model ``name``.
+    """Serves the files of ``folder`` as the models ``<owner>/...``, whatever they are called.
 
     Attributes:
         url: for ``HF_ENDPOINT``.
         cut: so many bytes of the weights are sent, then the connection is closed; None sends all.
+        once: the same, for the next request alone.
         claimed: the size that the weights are said to have; None for the true one.
         asked: (method, file, range) of every request for a file.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, owner: str) -> None:
+        self.folder, self.owner = folder, owner
         self.cut: int | None = None
+        self.once: int | None = None
         self.claimed: int | None = None
         self.asked: list[tuple[str, str, str | None]] = []
         hub = self
@@ -38,10 +40,22 @@ class Hub:
                 self.hub = hub
                 super().__init__(*args)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._handler = Handler
+        self._open(0)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def _open(self, port: int) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """Refuse all connections in this block."""
+        port = self._server.server_port
+        self.close()
+        yield
+        self._open(port)
 
     def close(self) -> None:
         """Stop serving; who asks from now on is refused the connection."""
@@ -61,9 +75,9 @@ class Hub:
 
 
 @contextlib.contextmanager
-def hub(folder: Path, name: str = "tiny/model") -> Iterator[Hub]:
+def hub(folder: Path, owner: str = "tiny") -> Iterator[Hub]:
     """Yield a :class:`Hub` that is closed afterwards."""
-    server = Hub(folder, name)
+    server = Hub(folder, owner)
     try:
         yield server
     finally:
@@ -82,13 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         hub = self.hub
-        match = re.fullmatch(rf"/{re.escape(hub.name)}/resolve/[^/]+/([^?]+)(\?.*)?", self.path)
-        if self.path.partition("?")[0] == f"/api/models/{hub.name}":
+        place = re.escape(hub.owner) + "/[^/]+"
+        match = re.fullmatch(rf"/{place}/resolve/[^/]+/([^?]+)(\?.*)?", self.path)
+        model = re.fullmatch(rf"/api/models/({place})(\?.*)?", self.path)
+        if model is not None:
             files = [{"rfilename": path.name} for path in sorted(hub.folder.iterdir())]
-            self._json({"id": hub.name, "sha": hub.commit, "tags": [], "siblings": files})
+            self._json({"id": model[1], "sha": hub.commit, "tags": [], "siblings": files})
             return
         if match is None:
-            self._nothing("EntryNotFound" if f"/{hub.name}/" in self.path else "RepoNotFound")
+            self._nothing("EntryNotFound" if f"/{hub.owner}/" in self.path else "RepoNotFound")
             return
         path = hub.folder / match[1]
         asked = self.headers.get("Range")
@@ -110,9 +126,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
-        part = content[begin:]
-        if weights and hub.cut is not None:
-            part = part[: max(hub.cut - begin, 0)]
+        part = content[begin:size]
+        cut = hub.cut
+        if weights and hub.once is not None:
+            cut, hub.once = hub.once, None
+        if weights and cut is not None:
+            part = part[: max(cut - begin, 0)]
         with contextlib.suppress(OSError):
             self.wfile.write(part)
         self.close_connection = self.close_connection or len(part) < size - begin
@@ -155,3 +174,10 @@ def impatient() -> None:
     modules: tuple[Any, ...] = (file_download, _http)
     for module in modules:
         module.time = Quick()
+
+
+def offline() -> None:
+    """Do in this process as if it had been started with ``HF_HUB_OFFLINE=1``."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True

@@ -1,9 +1,9 @@
 """Start ``trainer`` in processes of its own: as a shell does, or many times without importing torch each time.
 
 For the second, one process imports all that the commands use, and forks for every call. A call's process is like any
-other: a group and a log of its own, and it can be killed at any moment. What differs: the seed of Python's string hashes
-is that of the process that forks, so what depends on the order of a set shows only between processes that were started
-apart.
+other: a group and a log of its own, and it can be killed at any moment. What differs: the seed of Python's string
+hashes is that of the process that forks, so what depends on the order of a set shows only between processes that were
+started apart.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from graftwork.distributed import Join, from_rank, over_ranks, rank_and_world
-from graftwork.errors import UserError, first_line
+from graftwork.files import not_written
 from graftwork.transform.structure import enter
 
 Layer = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
@@ -33,9 +33,7 @@ class Hidden:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_file({"hidden": hidden.contiguous()}, self._path(number))
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"hidden states cannot be written to '{self.folder}': {first_line(error)}"
-                ) from error
+                raise not_written(self.folder, error) from error
         if self.in_memory:
             self._batches[number] = hidden
 
