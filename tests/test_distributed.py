@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,6 +271,21 @@ def test_sharded_training_equals_one_process(
             for root in (found[name].one, found[name].several)
         )
         torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_offloading_changes_nothing(make: Callable[..., Job], tmp_path: Path, extensions: Path) -> None:
+    jobs = [
+        replace(
+            make(name),
+            name=f"{name}-{config}",
+            sharded=[f"train.deepspeed={RECIPES}/deepspeed/{config}.json"],
+        )
+        for name in ("lora", "full")
+        for config in ("zero2-offload", "zero3-offload")
+    ]
+    compare(jobs, tmp_path, env={"TORCH_EXTENSIONS_DIR": str(extensions)})
 
 
 @pytest.mark.slow
