@@ -62,7 +62,7 @@ def generate(
                 raise UserError(
                     f"{flag} is about the two prompts of a combiner, and no plugin in use has one; name its --plugin"
                 )
-    run.plugins.call("check", run=run)
+    run.plugins.check(run)
     file = None
     if output:
         made = {
@@ -86,20 +86,22 @@ def generate(
         if file.done == len(records):
             click.echo(f"all {len(records)} answers are in '{output}' already", err=True)
             return
-    _answer(
-        run,
-        records,
-        settings,
-        lines=source is not None,
-        plain=plain,
-        seed=seed,
-        batch_size=batch_size,
-        stream=stream,
-        file=file,
-        max_prompt_tokens=max_prompt_tokens,
-        rows=rows or "joint",
-        trace=trace,
-    )
+    # Held before the model is loaded: a second process, or a place that cannot be written, is refused at once.
+    with file.open() if file is not None else contextlib.nullcontext():
+        _answer(
+            run,
+            records,
+            settings,
+            lines=source is not None,
+            plain=plain,
+            seed=seed,
+            batch_size=batch_size,
+            stream=stream,
+            file=file,
+            max_prompt_tokens=max_prompt_tokens,
+            rows=rows or "joint",
+            trace=trace,
+        )
 
 
 def _answer(
@@ -162,10 +164,7 @@ def _answer(
         # The first sentence about the prompts has been said, if there was one.
         bar = stack.enter_context(console.bar(total, "generate", "answer"))
         bar.update(file.done if file else 0)
-        for number, answer in enumerate(answers):
-            if file is not None and not number:
-                # Not before: where the first answer fails, nothing is left behind.
-                stack.enter_context(file.open())
+        for answer in answers:
             record = records[answer.index]
             line = {
                 **record.fields,

@@ -72,7 +72,8 @@ def _libraries(full: Callable[[str, Any], bool], code: int) -> None:
     import torch
     from safetensors import SafetensorError
 
-    serialize, save = safetensors.torch.serialize_file, torch.save
+    library: Any = safetensors.torch
+    serialize, save = library.serialize_file, torch.save
 
     def serialize_file(tensors: Any, filename: Any, *args: Any, **options: Any) -> None:
         if full("safetensors", filename):
@@ -88,7 +89,6 @@ def _libraries(full: Callable[[str, Any], bool], code: int) -> None:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
         save(value, file, *args, **options)
 
-    library: Any = safetensors.torch
     library.serialize_file, torch.save = serialize_file, torch_save
 
 
