@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from graftwork import memory
 from graftwork.console import Console
 from graftwork.distributed import barrier, from_main, started, together
 from graftwork.errors import UserError
-from graftwork.files import write_json_atomic
+from graftwork.files import discard, write_json_atomic
 from graftwork.hookspecs import WeightTransform
 from graftwork.merge.experts import HELD
 from graftwork.merge.opening import merging_of, open_experts, stored_beside
@@ -214,6 +213,9 @@ def run_transform(
             directory, job, Plugins.from_options(job.plugins, where=f"{spec.where}: "), rank, world, console
         )
         run.open(resume=True, allow_other_versions=allow_other_versions)
+        if rank == 0:
+            # Where it was cut off between the result and this.
+            discard(directory / WORK)
         return dict(finished)
     shared = job.transform is not None and job.transform.deepspeed is not None
     if started()[1] > 1 and not shared:
@@ -263,7 +265,7 @@ def run_transform(
         if main:
             write_json_atomic(directory / DETAILS, {"layers": [asdict(one) for one in outcome.layers]})
             write_json_atomic(ready.run.result_path, result)
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
         barrier()
     return result
 
