@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -281,20 +283,42 @@ def schema() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed or a claim not held, 2 bad input."""
+    """Run the command line. Exit codes: 0 done, 1 failed or a claim not held, 2 bad input, 130 and 143 stopped."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_guarded(lambda: cli.main(arguments, "trainer", standalone_mode=False), debug))
+    with _termination():
+        code = _guarded(lambda: cli.main(arguments, "trainer", standalone_mode=False), debug)
+    sys.exit(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """The signal by which systems end a process (SIGTERM): it tidies up as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    def end(*_: Any) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:
+        # Not the main thread of a program of somebody else, who handles signals.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _guarded(call: Callable[[], Any], debug: bool) -> int:
     try:
         result = call()
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        return 130
-    except KeyboardInterrupt:
-        click.echo("interrupted; add --resume to go on", err=True)
-        return 130
+    except click.exceptions.Abort as error:
+        return _stopped(error.__cause__)
+    except KeyboardInterrupt as error:
+        return _stopped(error)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
@@ -309,6 +333,13 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
         return 1
 
 
+def _stopped(error: BaseException | None) -> int:
+    terminated = isinstance(error, _Terminated)
+    word = "terminated" if terminated else "interrupted"
+    _say(f"{word}; where a run or a file was begun, the same command with --resume goes on")
+    return 143 if terminated else 130
+
+
 def _sentence(error: click.ClickException) -> str:
     """Return click's message about the words on the command line, in the form of our own."""
     text = " ".join(error.format_message().split()).rstrip(".")
@@ -320,10 +351,14 @@ def _sentence(error: click.ClickException) -> str:
 def _tell(error: Exception, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
-    if "tqdm" in sys.modules:
-        # A progress bar that was cut short stands on the line still.
-        sys.modules["tqdm"].tqdm.write(f"error: {error}", file=sys.stderr)
-    else:
-        click.echo(f"error: {error}", err=True)
+    _say(f"error: {error}")
     if not debug and error.__cause__ is not None:
         click.echo("(add --debug before the verb for the traceback)", err=True)
+
+
+def _say(text: str) -> None:
+    if "tqdm" in sys.modules:
+        # A progress bar that was cut short stands on the line still.
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        click.echo(text, err=True)
