@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from graftwork import UserError
+from graftwork.recipe import Job
+from graftwork.run import Run
 from graftwork.testing.models import tiny_model
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
+from graftwork.train.checkpoints import STAGE, finished_stages
 from graftwork.train.stream import Stream
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -127,6 +130,17 @@ def test_resuming_between_tasks_is_exact(
         for file in (tmp_path / "a" / name).rglob("*.safetensors"):
             other = tmp_path / "b" / file.relative_to(tmp_path / "a")
             assert file.read_bytes() == other.read_bytes()
+
+
+def test_a_stage_that_a_kill_kept_from_its_place_is_not_finished(tmp_path: Path) -> None:
+    job = Job.model_validate({"model": {"ref": "tiny-random"}, "data": {"source": "tiny"}})
+    run = Run(tmp_path, job)
+    for name in ("01-fruit", ".02-metal-0a1b2c3d.part"):
+        (run.stages / name).mkdir(parents=True)
+        (run.stages / name / STAGE).write_text("{}")
+    assert finished_stages(run, ["fruit", "metal"]) == [run.stages / "01-fruit"]
+    with pytest.raises(UserError, match="holds finished tasks that this stream does not have"):
+        finished_stages(run, ["metal"])
 
 
 def test_a_finished_run_is_not_run_again(checkpoint: Path, stream: Path, tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ def finished_stages(run: Run, names: list[str]) -> list[Path]:
     """
     if not run.stages.exists():
         return []
-    there = {p.name: p for p in run.stages.iterdir() if (p / STAGE).exists()}
+    # One that was about to be put in its place has a dot in front: a kill came before, and it is not finished.
+    there = {p.name: p for p in run.stages.glob("[!.]*") if (p / STAGE).exists()}
     stages = []
     for index, name in enumerate(names):
         folder = stage_folder(run, index, name)
