@@ -22,7 +22,7 @@ from graftwork.plugins import discover, load_class
 from graftwork.recipe import ModelOptions
 from graftwork.testing.data import tiny_stream, tiny_sums
 from graftwork.testing.distributed import Job, compare, compared, run
-from graftwork.testing.models import CONFIGS, tiny_tokenizer
+from graftwork.testing.models import CONFIGS, tiny_checkpoint, tiny_tokenizer
 from graftwork.testing.packages import install_plugin
 from graftwork.train.sharding import KINDS, TRAINING
 
@@ -46,12 +46,15 @@ class Arm(NamedTuple):
     options: Sequence[str] = ()
     settings: Sequence[str] = ()
     plays: bool = False
+    tied: bool = False
     tolerance: Mapping[str, float] | None = None
 
 
 ARMS: dict[str, Arm] = {
     "lora": Arm(None, settings=LORA),
     "full": Arm(None),
+    # Embedding and head are one weight, which is one where it is divided, too.
+    "tied": Arm(None, tied=True),
     "sparta": Arm(
         "sparta",
         ["block_layers=1", "rank_specific=4", "components=2", "lambda_orth=0.5", "mu=0.2", "shared_lr=0.5"],
@@ -76,7 +79,7 @@ ARMS: dict[str, Arm] = {
     "continued-sft": Arm("continued-sft", ["iterations=2"], LORA, plays=True),
 }
 # What these reach is reached by others, too: `make slow` has them.
-SELDOM = ("full", "parsp-gradient", "replay", "spin", "continued-sft")
+SELDOM = ("full", "tied", "parsp-gradient", "replay", "spin", "continued-sft")
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +89,11 @@ def make(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     stream = tiny_stream(folder / "stream", ("fruit", "colour"), train=16, test=4)
     sums = tiny_sums(folder / "sums", train=16, test=4)
     judge = reward_model(folder / "judge")
+    models = {False: checkpoint, True: tiny_checkpoint(folder / "tied", tie_word_embeddings=True)}
 
     def job(name: str, kind: str | None = None, *more: str) -> Job:
         arm = ARMS[name]
-        words = ["train", "--model", str(checkpoint), "--data", str(sums if arm.plays else stream)]
+        words = ["train", "--model", str(models[arm.tied]), "--data", str(sums if arm.plays else stream)]
         words += ["--plugin", arm.plugin] if arm.plugin else []
         options = [f"plugins.{arm.plugin}.{option}" for option in arm.options]
         if name == "iterative-dpo":
@@ -264,7 +268,7 @@ def test_sharded_training_equals_one_process(
         assert all(event["dtensor"] == (kind == "fsdp2") for event in seen)
         assert all(event["zero3"] == (kind == "zero3") for event in seen)
     text = torch.arange(3, 40)[None]
-    for name in ("lora", "full"):
+    for name in ("lora", "full", "tied"):
         # What is left is whole: it is loaded as any other.
         first, second = (
             load_chosen(ModelOptions(ref=str(root)))(text).logits
