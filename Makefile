@@ -12,7 +12,7 @@ UV = links="$(LINKS)"; [ -z "$$links" ] || export UV_FIND_LINKS="$$links"; $(BIN
 DISTRIBUTIONS := core kernels $(wildcard plugins/*)
 MANIFESTS := pyproject.toml constraints.txt $(foreach d,$(DISTRIBUTIONS),$(d)/pyproject.toml)
 
-.PHONY: setup demo test slow lint bench claims check clean
+.PHONY: setup demo test slow lint bench claims check matrix faults freeze clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -62,6 +62,18 @@ claims: $(VENV)/.model
 # Every plugin against the promises that users rely on, its smoke recipe run twice: minutes.
 check: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/trainer plugins check $$($(BIN)/trainer plugins list | tail -n +2 | cut -d' ' -f1)
+
+# Every pair of plugins and 60 triples on a tiny model; writes plugins/COMPOSITION.md.
+matrix: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/trainer plugins matrix --triples 60 --markdown plugins/COMPOSITION.md
+
+# Kills at random moments, each run then gone on with and compared.
+faults: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/python -m graftwork.testing.faults tests/faults/workloads.yaml --kills 42 --seed 0
+
+# The wheel of every hook, once for each version of the hooks.
+freeze: $(VENV)/.ready
+	@$(BIN)/python tests/frozen/freeze.py
 
 clean:
 	rm -rf $(VENV) $(OUT)

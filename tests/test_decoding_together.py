@@ -51,7 +51,7 @@ def answers(model: Any, names: list[str], **settings: Any) -> list[list[int]]:
         {"model": {"ref": "tiny-random"}, "data": {"source": "none"}, "plugins": plugins}
     )
     run = Run(Path(), job, Plugins.from_options(plugins))
-    run.plugins.call("check", run=run)
+    run.plugins.check(run)
     torch.manual_seed(0)
     return decode(
         model,

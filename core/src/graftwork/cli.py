@@ -274,6 +274,22 @@ def check_plugins(**options: Any) -> None:
     sys.exit(check_plugins(**options))
 
 
+@plugins.command("matrix")
+@click.argument("names", nargs=-1)
+@click.option("--triples", default=0, type=click.IntRange(min=0), help="How many triples are drawn, too.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the triples.")
+@click.option("--markdown", metavar="FILE", help="Where to write the table as a page.")
+def plugins_matrix(**options: Any) -> None:
+    """Try plugins in pairs on a tiny model: NAMES with all that are installed, or all with all.
+
+    A pair trains, transforms and answers, is stored and read again in another process; it composes, or is refused
+    before weights are read. Exits with 1 where a pair does neither.
+    """
+    from graftwork.commands.ecosystem import plugins_matrix
+
+    sys.exit(plugins_matrix(**options))
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors, with the options of installed plugins."""

@@ -359,6 +359,10 @@ class WeightTransform:
         needs: how much of the model must be alive. ``"none"``: the weights of one layer; ``"activations"``: also
             what calibration texts give that layer as inputs; ``"end_to_end"``: the whole model, for ``prepare``.
         dense: whether the layer's inputs and outputs in the unchanged model are kept, too.
+        stored: whether it works on the weights as they are stored, so that no other may come before it.
+        factors: whether it puts factors in the place of linears; a weight is factored once.
+        rotates: whether it turns what goes into the layers' linears into other bases, as only one may.
+        rounds: whether it leaves rounded weights, which no other can change: it comes last.
         begin: changes embedding, final norm and head, before the first layer.
         prepare: called once with the whole model; what it returns is kept and is ``block.prepared`` later. Where
             ``needs`` is ``"none"`` it may be called without calibration texts.
@@ -374,6 +378,10 @@ class WeightTransform:
     block: Callable[[Block], None]
     needs: Literal["none", "activations", "end_to_end"] = "activations"
     dense: bool = False
+    stored: bool = False
+    factors: bool = False
+    rotates: bool = False
+    rounds: bool = False
     begin: Callable[[Outer], None] | None = None
     prepare: Callable[[Whole], Mapping[str, torch.Tensor]] | None = None
     restore: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -489,6 +497,7 @@ class GraftworkHooks:
     def combiner(self, run: Run, model: PreTrainedModel) -> Combiner | None:
         """Return how the logits of a main and a contrast prompt become scores. One plugin at most.
 
+        A plugin that has this hook always returns one: two that have it are refused before weights are read.
         Prompts then come in pairs (a context apart from its question), and both are decoded in one loop.
         """
 

@@ -196,12 +196,19 @@ class Plugins:
         """
         results = self.call(hook, **arguments)
         if len(results) > 1:
-            first, second = results[0][0], results[1][0]
-            raise UserError(
-                f"plugins '{first}' and '{second}' cannot be combined: each brings {EXCLUSIVE[hook]} "
-                f"(hook {hook}) and a run has only one; leave one of them out"
-            )
+            raise _two_of(hook, results[0][0], results[1][0])
         return results[0] if results else None
+
+    def check(self, run: Run) -> None:
+        """Let every plugin refuse the run (hook check), before weights are read.
+
+        Raises:
+            UserError: a plugin refuses, or two bring a combiner, of which a run has only one.
+        """
+        self.call("check", run=run)
+        both = self.implements("combiner")
+        if len(both) > 1:
+            raise _two_of("combiner", *both[:2])
 
     def data_sources(self, run: Run) -> dict[str, Layout]:
         """Return the data layouts that plugins bring, by name.
@@ -264,6 +271,13 @@ def _named(name: str) -> str:
     """Return the plugin with its package, where it is installed."""
     info = discover().get(name)
     return f"plugin '{name}' (package {info.distribution} {info.version})" if info else f"plugin '{name}'"
+
+
+def _two_of(hook: str, first: str, second: str) -> UserError:
+    return UserError(
+        f"plugins '{first}' and '{second}' cannot be combined: each brings {EXCLUSIVE[hook]} "
+        f"(hook {hook}) and a run has only one; leave one of them out"
+    )
 
 
 def generation_notes(run: Run) -> list[str]:

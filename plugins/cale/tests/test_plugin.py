@@ -194,7 +194,7 @@ def test_bad_configs(lively: Lively, tmp_path: Path, changes: dict[str, Any], pr
 def test_what_can_be_refused_before_weights_are_read(tmp_path: Path) -> None:
     run = run_of({})
     with pytest.raises(UserError, match="does not know which layer to enhance; set plugins"):
-        run.plugins.call("check", run=run)
+        run.plugins.check(run)
     measuring = run_of({}, benchmark={"name": "cale:layers", "data": "tiny"})
     measuring.plugins.call("check", run=measuring)
     for path, problem in (
@@ -204,7 +204,7 @@ def test_what_can_be_refused_before_weights_are_read(tmp_path: Path) -> None:
         (tmp_path / "text.json").write_text("layer 3")
         run = run_of({"config": str(path)})
         with pytest.raises(UserError, match=problem):
-            run.plugins.call("check", run=run)
+            run.plugins.check(run)
 
 
 @pytest.mark.parametrize(

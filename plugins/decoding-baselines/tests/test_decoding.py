@@ -46,7 +46,7 @@ def decoding(name: str, folder: str, model: Any, **options: Any) -> Decoding:
     recipe = tiny_recipe(folder, "nowhere", plugins={name: options})
     plugins = Plugins.from_options(recipe.jobs[0].job.plugins)
     run = type("Run", (), {"job": recipe.jobs[0].job, "plugins": plugins})()
-    plugins.call("check", run=run)
+    plugins.check(run)
     return Decoding.from_plugins(run, model)  # type: ignore[arg-type]
 
 

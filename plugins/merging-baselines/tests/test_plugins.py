@@ -11,11 +11,11 @@ import torch
 from graftwork.cli import main
 from graftwork.models import load_model
 from graftwork.testing.data import tiny_stream
-from graftwork.testing.experts import save_tiny, tensors_of, tiny_experts
+from graftwork.testing.experts import save_tiny, tensors_of, tiny_experts, tiny_lora_experts
 from graftwork.testing.models import tiny_tokenizer
 from graftwork.testing.packages import install_plugin
 from graftwork.testing.runs import call_trainer, kill_when, run_tiny, tiny_recipe
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 
 Family = tuple[Path, dict[str, str]]
 
@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "two merges": (
         ["ties", "average"],
         {"transform.experts.a": "x"},
-        "both merge the experts; a run merges once",
+        "'ties' and 'average' cannot be combined in this order: both change the weights as they are stored",
     ),
     "missing": (["ties"], {"transform.experts.a": "./nowhere"}, "model './nowhere' does not exist"),
     "no model": (["one-bit"], {"transform.experts.a": None}, "'one-bit' makes no single model"),
@@ -322,17 +322,16 @@ def test_the_model_is_put_back_bit_by_bit(trained: Any) -> None:
 
 
 def test_kept_adapters(trainer: Any, tmp_path: Path) -> None:
-    base, _ = tiny_experts(tmp_path, [])
-    refs = {}
-    for name in ("a", "b"):
-        wrapped = get_peft_model(load_model(str(base)), LoraConfig(r=2, target_modules="all-linear"))
-        with torch.no_grad():
-            for key, parameter in wrapped.named_parameters():
-                if "lora_B" in key:
-                    parameter.normal_(std=0.05)
-        wrapped.save_pretrained(tmp_path / f"lora-{name}")
-        refs[name] = str(tmp_path / f"lora-{name}")
-        save_tiny(wrapped.merge_and_unload(), tmp_path / f"dense-{name}")
+    base, whole = tiny_experts(tmp_path, ["a", "b"])
+    refs = tiny_lora_experts(tmp_path, base)
+    merged = PeftModel.from_pretrained(load_model(str(base)), refs["b"]).merge_and_unload()
+    save_tiny(merged, tmp_path / "dense-b")
+    code, _, err = trainer(
+        *words((base, whole), tmp_path / "refused", "kept-lora", **{"plugins.kept-lora.expand": "b"})
+    )
+    assert code == 2
+    assert "expert 'a' is a whole model" in err
+    assert not (tmp_path / "refused").exists()
     code, _, err = trainer(
         *words((base, refs), tmp_path / "run", "kept-lora", **{"plugins.kept-lora.expand": "b"})
     )

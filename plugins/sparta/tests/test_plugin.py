@@ -111,8 +111,8 @@ def test_the_prompt_ends_where_the_answer_begins(
 
     def spy(self, module, args, kwargs):
         original(self, module, args, kwargs)
-        if kwargs.get("labels") is not None and self._mask is not None:
-            seen.append((self._mask.clone(), kwargs["labels"].clone()))
+        if kwargs.get("labels") is not None and self.now.mask is not None:
+            seen.append((self.now.mask.clone(), kwargs["labels"].clone()))
 
     monkeypatch.setattr(PromptContext, "begin", spy)
     recipe = recipe_of(checkpoint, stream, train={"max_steps": 2}, evaluate={"cells": "final"})

@@ -164,6 +164,29 @@ def test_freezing_leaves_only_the_branches_to_train(adapt, batch) -> None:
             assert parameter.grad is None
 
 
+def test_a_pass_without_gradients_leaves_those_of_a_checkpointed_one(adapt, batch) -> None:
+    """Another method's question to the model, before the backward pass in which checkpointed layers run again."""
+
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        adapted = adapt(model=FOUR)
+        adapted.enable_input_require_grads()
+        adapted.train()
+        if checkpointed:
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = adapted(**batch, use_cache=False).loss
+        if checkpointed:
+            with torch.no_grad():
+                adapted(input_ids=batch["input_ids"].flip(1), use_cache=False)
+        loss.backward()
+        return {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+
+    plain, asked = gradients(False), gradients(True)
+    assert plain.keys() == asked.keys()
+    assert any("sparta_router_w" in name for name in plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(asked[name], value, rtol=1e-5, atol=1e-8)
+
+
 def test_the_gates_send_no_gradient_into_the_layers_below(adapt, batch) -> None:
     adapted = adapt(model=FOUR)
     adapted(**batch)

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from graftwork.errors import UserError
 from graftwork.plugins import discover
 
 
@@ -81,19 +82,49 @@ def new_plugin(name: str, kind: str, output: str | None) -> None:
 def check_plugins(names: Sequence[str], static: bool) -> int:
     """Print a verdict for every promise of each plugin; return 0 where none failed, else 1."""
     from graftwork.console import Console
-    from graftwork.testing.conformance import check
+    from graftwork.plugins import find
+    from graftwork.testing.conformance import check, tools
 
-    failed = 0
     for name in names:
-        with tempfile.TemporaryDirectory(prefix="graftwork-check-") as folder:
-            found = check(name, Path(folder), static=static, console=Console())
-        width = max(len(one.name) for one in found)
-        click.echo(f"\n{name}")
-        for one in found:
-            click.echo(f"  {one.name.ljust(width)}  {one.verdict}{f': {one.detail}' if one.detail else ''}")
-        failed += sum(one.verdict == "failed" for one in found)
-    click.echo(f"\n{failed} failed" if failed else "\nnothing failed")
-    return 1 if failed else 0
+        find(name)
+    counts = dict.fromkeys(("passed", "failed", "does not apply"), 0)
+    with tempfile.TemporaryDirectory(prefix="graftwork-check-") as folder, tools(Path(folder)) as shared:
+        for name in names:
+            found = check(name, Path(folder, name), static=static, shared=shared, console=Console())
+            width = max(len(one.name) for one in found)
+            click.echo(f"\n{name}")
+            for one in found:
+                click.echo(
+                    f"  {one.name.ljust(width)}  {one.verdict}{f': {one.detail}' if one.detail else ''}"
+                )
+                counts[one.verdict] += 1
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    click.echo(f"\n{len(names)} plugin{'s' if len(names) > 1 else ''}: {told}")
+    return 1 if counts["failed"] else 0
+
+
+def plugins_matrix(names: Sequence[str], triples: int, seed: int, markdown: str | None) -> int:
+    """Print which plugins go together, and write it as a page; return 1 where a pair is broken, else 0."""
+    from graftwork.console import Console
+    from graftwork.files import write_text_atomic
+    from graftwork.plugins import find
+    from graftwork.testing.composition import Composer, make_matrix
+    from graftwork.train.job import quiet_libraries
+
+    every = list(discover())
+    if not every:
+        raise UserError("no plugins are installed; for example: pip install graftwork-cl-baselines")
+    for name in names:
+        find(name)
+    quiet_libraries()
+    with tempfile.TemporaryDirectory(prefix="graftwork-matrix-") as folder:
+        composer = Composer(Path(folder))
+        matrix = make_matrix(composer, names or every, every, triples=triples, seed=seed, console=Console())
+    click.echo(matrix.text())
+    if markdown:
+        write_text_atomic(Path(markdown), matrix.markdown())
+        click.echo(f"wrote {markdown}")
+    return 1 if matrix.broken else 0
 
 
 def recipe_schema() -> None:

@@ -182,4 +182,5 @@ def _loaded(job: Job) -> tuple[Run, Any]:
 
     quiet_libraries()
     run = Run(Path(), job, Plugins.from_options(job.plugins), console=Console())
+    run.plugins.check(run)
     return run, load_for_use(job.model)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -48,6 +48,7 @@ class EditPlugin:
 
     name: str
     Options: type[EditOptions] = EditOptions
+    tiny: ClassVar[dict[str, Any]] = {"requests": "facts", "limit": 2}
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -100,7 +100,7 @@ def edit_transform(
         if stored:
             block.beside(LABEL, stored, {HEADER: about[HEADER]})
 
-    return WeightTransform(editor.name, block, needs="none", prepare=prepare, figures=FIGURES)
+    return WeightTransform(editor.name, block, needs="none", stored=True, prepare=prepare, figures=FIGURES)
 
 
 def _prepared(prepared: Mapping[str, torch.Tensor], name: str) -> tuple[dict[str, Any], EditSet]:

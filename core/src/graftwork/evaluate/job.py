@@ -37,7 +37,7 @@ def check_evaluation(spec: JobSpec) -> None:
         UserError: an unknown benchmark or option, a plugin that refuses the job, a model that is not there.
     """
     run = Run(Path(), spec.job, Plugins.from_options(spec.job.plugins, where=f"{spec.where}: "))
-    run.plugins.call("check", run=run)
+    run.plugins.check(run)
     section = spec.job.benchmark or {}
     _, benchmark = find_benchmark(run, section["name"])
     benchmark_options(benchmark, section, f"{spec.where}: ")

@@ -62,6 +62,9 @@ class MergeMethod:
     merges = True
     routes = False
 
+    def check(self, experts: Experts) -> None:
+        """Refuse experts that the method is not for, by raising ``UserError``; read headers, not weights."""
+
     def begin(self, experts: Experts, console: Console) -> None:
         """Find out what is global, such as thresholds, from ``experts.pieces()``. Called once, also after a kill."""
 

@@ -16,12 +16,12 @@ from graftwork.transform.source import CheckpointSource, Source
 def merging_of(
     transforms: Sequence[tuple[str, WeightTransform]], options: TransformOptions
 ) -> Merging | None:
-    """Return the merge among the transforms of a job, if there is one.
+    """Return the merge among the transforms of a job, if there is one; it is the first of them.
 
     Raises:
-        UserError: experts that nobody merges, a merge without experts, two merges, or one that is not first.
+        UserError: experts that nobody merges, or a merge without experts.
     """
-    found = [(plugin, number) for number, (plugin, one) in enumerate(transforms) if one.merging is not None]
+    found = [plugin for plugin, one in transforms if one.merging is not None]
     if not found:
         if options.experts:
             raise UserError(
@@ -29,17 +29,9 @@ def merging_of(
                 f"with --plugin"
             )
         return None
-    plugin, number = found[0]
     if not options.experts:
         raise UserError(
-            f"plugin '{plugin}' merges experts, and none is named; set transform.experts.NAME=MODEL"
-        )
-    if len(found) > 1:
-        raise UserError(f"plugins '{plugin}' and '{found[1][0]}' both merge the experts; a run merges once")
-    if number:
-        raise UserError(
-            f"plugin '{plugin}' merges experts with the base as it is stored, so it comes before "
-            f"'{transforms[0][0]}'; name it first"
+            f"plugin '{found[0]}' merges experts, and none is named; set transform.experts.NAME=MODEL"
         )
     return transforms[0][1].merging
 

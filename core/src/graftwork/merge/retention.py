@@ -146,6 +146,7 @@ def _scores(
 ) -> dict[str, list[float]]:
     """Return the scores of what stands for each expert on its tasks."""
     experts, console = standing.experts, evaluation.console
+    method.check(experts)
     with one_thread():
         method.begin(experts, console)
 

@@ -47,6 +47,7 @@ def merge_transform(
         name,
         merging.block,
         needs="none",
+        stored=True,
         begin=merging.begin,
         figures={**sizes, **method.words()},
         merging=merging,
@@ -79,6 +80,7 @@ class Merging:
             )
         if self.expand is not None and not self.method.routes:
             raise UserError(f"'{self.name}' makes one model that serves all experts; leave expand out")
+        self.method.check(experts)
         self._experts = experts
 
     @property

@@ -40,8 +40,11 @@ def check_self_play(run: Run, owner: str, play: SelfPlay, adapter: Adapter | Non
             f"({meta.config.model_type})"
         )
     if adapter is not None and adapter.policy != "shared":
+        makers = run.plugins.implements("adapter_config")
+        whose = f"'{makers[0]}' brings one (hook adapter_config)" if makers else "the recipe's is one"
+        who = f"plugins '{owner}' and '{makers[0]}' cannot be combined" if makers else where
         raise UserError(
-            f"{where}: the iterations of self-play train one adapter, and this one is of the policy "
+            f"{who}: the iterations of self-play train one adapter (hook self_play), and {whose} of the policy "
             f"'{adapter.policy}', a new one for every task; use an adapter of the policy 'shared'"
         )
     check_train_fields(run.job.train, owner)

@@ -14,6 +14,7 @@ from graftwork.merge.experts import Experts
 from graftwork.merge.method import MergeMethod
 from graftwork.merge.options import MergeOptions
 from graftwork.merge.transform import merge_transform
+from graftwork.models import load_model
 from graftwork.recipe import Job
 from graftwork.run import Run
 from graftwork.testing.models import tiny_model, tiny_tokenizer
@@ -46,6 +47,23 @@ def tiny_experts(
                 parameter += (size * torch.randn(parameter.shape, generator=draw)).to(dtype)
         refs[name] = str(save_tiny(model, folder / name))
     return base, refs
+
+
+def tiny_lora_experts(folder: Path, base: Path, names: Sequence[str] = ("a", "b")) -> dict[str, str]:
+    """Write a LoRA adapter of ``base`` per name to ``folder`` and return the folders by name."""
+    from peft import LoraConfig, get_peft_model
+
+    refs = {}
+    for number, name in enumerate(names):
+        wrapped = get_peft_model(load_model(str(base)), LoraConfig(r=2, target_modules="all-linear"))
+        draw = torch.Generator().manual_seed(200 + number)
+        with torch.no_grad():
+            for key, parameter in wrapped.named_parameters():
+                if "lora_" in key:
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
+        wrapped.save_pretrained(str(folder / f"lora-{name}"))
+        refs[name] = str(folder / f"lora-{name}")
+    return refs
 
 
 def save_tiny(model: Any, folder: Path) -> Path:

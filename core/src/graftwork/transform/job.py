@@ -21,8 +21,8 @@ from graftwork.files import discard, write_json_atomic
 from graftwork.hookspecs import WeightTransform
 from graftwork.merge.experts import HELD
 from graftwork.merge.opening import merging_of, open_experts, stored_beside
-from graftwork.models import load_config, load_tokenizer
-from graftwork.plugins import Plugins
+from graftwork.models import load_config, load_tokenizer, resolve
+from graftwork.plugins import Plugins, load_class
 from graftwork.recipe import Job, JobSpec, ModelOptions
 from graftwork.run import Run
 from graftwork.train.checkpoints import read_json
@@ -72,7 +72,42 @@ def transforms_of(run: Run) -> list[tuple[str, WeightTransform]]:
             f"no plugin of this run transforms weights (hook weight_transforms; plugins: {named}); name one that does "
             f"with --plugin"
         )
+    check_order(found)
     return found
+
+
+def check_order(transforms: Sequence[tuple[str, WeightTransform]]) -> None:
+    """Refuse transforms that cannot follow one another.
+
+    Raises:
+        UserError: names both plugins, the hook, and the way out.
+    """
+    for number, (plugin, one) in enumerate(transforms):
+        for earlier, before in transforms[:number]:
+            if one.stored and before.stored:
+                what = "both change the weights as they are stored"
+                cure = "use one of them, and the other on its result, in a run of its own"
+            elif one.stored:
+                what = (
+                    f"'{plugin}' changes the weights as they are stored, and '{earlier}' changes them before"
+                )
+                cure = f"name '{plugin}' first"
+            elif before.rounds and one.rounds:
+                what = "both round the weights"
+                cure = "leave one of them out, or let one leave rounding to the other, where it can"
+            elif before.rounds:
+                what = f"'{earlier}' rounds the weights that '{plugin}' is to change"
+                cure = f"name '{earlier}' last"
+            elif before.factors and one.factors:
+                what, cure = "both factorise the weights", "leave one of them out"
+            elif before.rotates and one.rotates:
+                what, cure = "both rotate what goes into the linears", "leave one of them out"
+            else:
+                continue
+            raise UserError(
+                f"plugins '{earlier}' and '{plugin}' cannot be combined in this order: {what} (hook "
+                f"weight_transforms); {cure}"
+            )
 
 
 def metric_names(spec: JobSpec) -> list[str]:
@@ -98,7 +133,7 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
     plugins = Plugins.from_options(job.plugins, where=f"{spec.where}: ")
     run = Run(directory, job, plugins, rank, world, console)
     options = job.transform or TransformOptions.model_validate({})
-    run.plugins.call("check", run=run)
+    run.plugins.check(run)
     transforms = transforms_of(run)
     if any(t.needs != "none" for _, t in transforms) and options.calibration is None:
         plugin = next(name for name, t in transforms if t.needs != "none")
@@ -106,6 +141,7 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
             f"plugin '{plugin}' looks at activations, and no calibration text is set; set "
             f"transform.calibration=FILE (or random, to try)"
         )
+    _refuse_adapter(job.model.ref, transforms[0][0])
     source = open_source(job, options)
     if options.deepspeed is not None:
         check_partitioned(transforms)
@@ -132,6 +168,34 @@ def prepare(spec: JobSpec, directory: Path, console: Console) -> Prepared:
         beside=beside,
     )
     return Prepared(run, options, transforms, source, windows, need)
+
+
+def _refuse_adapter(ref: str, plugin: str) -> None:
+    """Transforms change plain weights; say whose adapter stands in the way, where that is known."""
+    found = resolve(ref)
+    if not found.adapter:
+        return
+    maker = adapter_maker(Path(found.path))
+    what, made = f"plugin '{plugin}' cannot be used", ""
+    if maker is not None:
+        what, made = (
+            f"plugins '{maker}' and '{plugin}' cannot be combined",
+            f" of '{maker}' (hook adapter_config)",
+        )
+    raise UserError(
+        f"{what} on model '{ref}', which is an adapter{made}: it changes plain weights (hook weight_transforms); merge "
+        f"the adapter into its base model first (PEFT: merge_and_unload), then transform the result"
+    )
+
+
+def adapter_maker(folder: Path) -> str | None:
+    """Return the plugin that brought the adapter in the run directory around ``folder``; None where not known."""
+    manifest = read_json(folder.parent / "manifest.json") or {}
+    for name in manifest.get("plugins") or {}:
+        with contextlib.suppress(UserError):
+            if hasattr(load_class(name), "adapter_config"):
+                return str(name)
+    return None
 
 
 def _fitted_need(
@@ -321,7 +385,7 @@ def _unread(spec: JobSpec) -> tuple[list[tuple[str, WeightTransform]], limits.Ne
     job = spec.job
     run = Run(Path(), job, Plugins.from_options(job.plugins, where=f"{spec.where}: "))
     options = job.transform or TransformOptions.model_validate({})
-    run.plugins.call("check", run=run)
+    run.plugins.check(run)
     transforms = transforms_of(run)
     merging = merging_of(transforms, options)
     config = load_config(job.model.ref, inline=job.model.config)

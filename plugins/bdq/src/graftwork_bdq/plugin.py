@@ -54,6 +54,8 @@ class Bdq:
                 self.transform,
                 needs="end_to_end" if options.learn == "token" else "activations" if looks else "none",
                 dense=options.learn == "block",
+                rotates=True,
+                rounds=options.quantizer != "none",
                 prepare=self.prepare if options.learn == "token" else None,
                 figures=FIGURES,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import Benchmark, ForwardPass, UserError, hookimpl
 
@@ -23,6 +23,8 @@ class Cale:
     """Strengthen the layer that says most about the context, inside the forward pass."""
 
     Options = CaleOptions
+    tiny: ClassVar[dict[str, Any]] = {"layer": 1, "strength": 8.0, "streams": "both"}
+    neutral: ClassVar[dict[str, Any]] = {"layer": 1, "strength": 1.0}
 
     def __init__(self, options: CaleOptions) -> None:
         self.options = options

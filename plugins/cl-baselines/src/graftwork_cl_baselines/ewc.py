@@ -6,7 +6,7 @@ task); the online form is that of Schwarz et al., "Progress & Compress", ICML 20
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from graftwork import LossTerm, UserError, hookimpl
@@ -49,6 +49,7 @@ class Ewc:
     """``L + strength/2 * sum_t sum_i F_ti (theta_i - theta*_ti)^2`` over everything that trains."""
 
     Options = EwcOptions
+    neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
     sharding = frozenset({"zero2"})
 
     def __init__(self, options: EwcOptions) -> None:

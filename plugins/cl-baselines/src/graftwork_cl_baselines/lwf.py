@@ -6,7 +6,7 @@ distribution over the vocabulary at every answer token of the new items is the t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from graftwork import LossTerm, UserError, hookimpl
@@ -40,6 +40,7 @@ class Lwf:
     """``L + strength * T^2 KL(softmax(z_old/T) || softmax(z_new/T))``, z_old from the model before the task."""
 
     Options = LwfOptions
+    neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
     sharding = frozenset({"zero2"})
 
     def __init__(self, options: LwfOptions) -> None:
@@ -54,6 +55,12 @@ class Lwf:
             raise UserError(
                 f"plugin 'lwf' distils labelled answers, which algorithm '{run.job.algorithm}' does not have; "
                 f"set algorithm: sft"
+            )
+        players = run.plugins.implements("self_play")
+        if players:
+            raise UserError(
+                f"plugins 'lwf' and '{players[0]}' cannot be combined: the one distils labelled answers (hook "
+                f"loss_terms), and the other learns from pairs without labels (hook self_play); leave one of them out"
             )
 
     @hookimpl

@@ -32,6 +32,15 @@ class Mtl:
         self.options = options
 
     @hookimpl
+    def check(self, run: Run) -> None:
+        players = run.plugins.implements("self_play")
+        if players:
+            raise UserError(
+                f"plugins 'mtl' and '{players[0]}' cannot be combined: the one joins the items of several tasks (hook "
+                f"task_stream), and the other learns from one (hook self_play); leave one of them out"
+            )
+
+    @hookimpl
     def task_stream(self, run: Run, tasks: Sequence[Task]) -> Sequence[Task]:
         first = tasks[0]
         for task in tasks[1:]:

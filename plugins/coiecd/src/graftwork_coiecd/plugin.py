@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import Benchmark, Combiner, hookimpl
 from graftwork_kernels import announce
@@ -19,6 +19,7 @@ class CoiecdPlugin:
     """Score tokens by how the context changes them, plausible ones more than others."""
 
     Options = CoiecdOptions
+    neutral: ClassVar[dict[str, Any]] = {"alpha": 1.0, "ratio": 1.0}
 
     def __init__(self, options: CoiecdOptions) -> None:
         self.options = options

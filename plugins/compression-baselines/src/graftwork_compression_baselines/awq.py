@@ -98,7 +98,7 @@ class Awq(WeightPlugin):
         }
         if self.rounds:
             figures |= WEIGHT_ERROR | OUTPUT_ERROR
-        return [WeightTransform("awq", self.transform, figures=figures)]
+        return [WeightTransform("awq", self.transform, rounds=self.rounds, figures=figures)]
 
     def transform(self, block: Block) -> None:
         """Scale, clip and round one layer."""

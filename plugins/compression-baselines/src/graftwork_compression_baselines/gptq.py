@@ -8,7 +8,7 @@ the layer's outputs on calibration tokens change least (:mod:`graftwork.transfor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import WeightTransform, hookimpl
 
@@ -35,6 +35,7 @@ class Gptq(WeightPlugin):
 
     name = "gptq"
     Options = GptqOptions
+    neutral: ClassVar[dict[str, Any]] = {"scheme": "W16A16"}
 
     def __init__(self, options: GptqOptions) -> None:
         self.options = options
@@ -44,7 +45,7 @@ class Gptq(WeightPlugin):
     def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
         needs = "activations" if self.rounds else "none"
         figures = WEIGHT_ERROR | OUTPUT_ERROR
-        return [WeightTransform("gptq", self.transform, needs=needs, figures=figures)]
+        return [WeightTransform("gptq", self.transform, needs=needs, rounds=True, figures=figures)]
 
     def transform(self, block: Block) -> None:
         """Round one layer."""

@@ -62,12 +62,13 @@ class Hadamard(WeightPlugin):
     @hookimpl
     def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
         if self.options.place == "online":
-            return [WeightTransform("hadamard", self.online, needs="none")]
+            return [WeightTransform("hadamard", self.online, needs="none", rotates=True)]
         return [
             WeightTransform(
                 "hadamard",
                 lambda block: self.residual(block, run.seed),
                 needs="none",
+                rotates=True,
                 begin=lambda outer: self.begin(outer, run.seed),
                 restore=self.restore,
             )

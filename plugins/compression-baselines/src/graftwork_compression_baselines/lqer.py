@@ -100,7 +100,7 @@ class Lqer(WeightPlugin):
         if self.wants_moments:
             figures |= {"corrected_error": "output_error with the correction"}
         needs = "none" if self.options.scale == "none" and self.options.quantizer == "rtn" else "activations"
-        return [WeightTransform("lqer", self.transform, needs=needs, figures=figures)]
+        return [WeightTransform("lqer", self.transform, needs=needs, rounds=True, figures=figures)]
 
     def transform(self, block: Block) -> None:
         """Round one layer and correct it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import WeightTransform, hookimpl
 
@@ -24,6 +24,7 @@ class Rtn(WeightPlugin):
 
     name = "rtn"
     Options = RtnOptions
+    neutral: ClassVar[dict[str, Any]] = {"scheme": "W16A16"}
 
     def __init__(self, options: RtnOptions) -> None:
         self.options = options
@@ -31,7 +32,7 @@ class Rtn(WeightPlugin):
 
     @hookimpl
     def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
-        return [WeightTransform("rtn", self.transform, needs="none", figures=WEIGHT_ERROR)]
+        return [WeightTransform("rtn", self.transform, needs="none", rounds=True, figures=WEIGHT_ERROR)]
 
     def transform(self, block: Block) -> None:
         """Round one layer."""

@@ -71,7 +71,7 @@ class Svd(WeightPlugin):
             "cholesky",
         }
         needs = "none" if self.options.whiten == "none" else "activations"
-        return [WeightTransform("svd", self.transform, needs=needs, figures=figures)]
+        return [WeightTransform("svd", self.transform, needs=needs, factors=True, figures=figures)]
 
     def transform(self, block: Block) -> None:
         """Factorise the linears of one layer; the inputs of all are those before any is changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import Benchmark, ForwardPass, hookimpl
 from graftwork.models import load_config
@@ -30,6 +30,8 @@ class D3:
     """
 
     Options = D3Options
+    tiny: ClassVar[dict[str, Any]] = {"alpha": 0.5, "flex_start": 1, "tail": 1, "minimum": 2}
+    neutral: ClassVar[dict[str, Any]] = {"alpha": 1.0}
 
     def __init__(self, options: D3Options) -> None:
         self.options = options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import Benchmark, WeightTransform, hookimpl
 
@@ -20,6 +20,7 @@ class Dam:
     """Low rank and quantization together, with a diagonal between the factors."""
 
     Options = DamOptions
+    tiny: ClassVar[dict[str, Any]] = {"scheme": "W4A16", "ratio": 0.9, "learn": {"steps": 3, "tokens": 256}}
 
     def __init__(self, options: DamOptions) -> None:
         self.options = options
@@ -28,7 +29,11 @@ class Dam:
     def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
         return [
             WeightTransform(
-                "dam", partial(compress_block, options=self.options), needs="activations", figures=FIGURES
+                "dam",
+                partial(compress_block, options=self.options),
+                factors=True,
+                rounds=self.options.quantizer != "none",
+                figures=FIGURES,
             )
         ]
 

@@ -9,7 +9,7 @@ has its own.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from graftwork import Combiner, hookimpl
@@ -46,6 +46,7 @@ class AdaCad:
     """The contrast, as strong as the two distributions differ."""
 
     Options = AdaCadOptions
+    tiny: ClassVar[dict[str, Any]] = {"floor": 0.69}
 
     def __init__(self, options: AdaCadOptions) -> None:
         self.options = options

@@ -6,7 +6,7 @@ this is classifier-free guidance with the scale ``1 + alpha``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from graftwork import Combiner, hookimpl
@@ -40,6 +40,7 @@ class Cad:
     """The contrast of every token with the same weight."""
 
     Options = CadOptions
+    neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
     def __init__(self, options: CadOptions) -> None:
         self.options = options

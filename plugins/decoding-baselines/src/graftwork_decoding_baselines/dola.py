@@ -12,7 +12,7 @@ penalty of 1.2 is ``generate``'s own option ``repetition_penalty``; it acts on t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from graftwork import UserError, hookimpl
@@ -90,6 +90,7 @@ class Dola:
     """What a model's last layer adds to an earlier one."""
 
     Options = DolaOptions
+    tiny: ClassVar[dict[str, Any]] = {"layers": [0]}
 
     def __init__(self, options: DolaOptions) -> None:
         self.options = options
@@ -99,8 +100,8 @@ class Dola:
         others = [name for name in run.plugins.implements("combiner") if name != "dola"]
         if others:
             raise UserError(
-                f"plugin 'dola' contrasts layers and '{others[0]}' prompts; what both together would mean is not "
-                f"defined, so use one of them"
+                f"plugins 'dola' and '{others[0]}' cannot be combined: 'dola' contrasts layers and '{others[0]}' "
+                f"prompts (hook combiner), and what both together would mean is not defined; leave one of them out"
             )
         if run.job.evaluate.scoring == "likelihood":
             raise UserError(

@@ -6,7 +6,7 @@ methods.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from graftwork import Combiner, hookimpl
@@ -37,6 +37,8 @@ class Interpolation:
     """Between the context and memory, for every token alike."""
 
     Options = InterpolationOptions
+    tiny: ClassVar[dict[str, Any]] = {"weight": 0.2}
+    neutral: ClassVar[dict[str, Any]] = {"weight": 1.0}
 
     def __init__(self, options: InterpolationOptions) -> None:
         self.options = options

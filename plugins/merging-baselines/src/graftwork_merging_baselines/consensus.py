@@ -6,7 +6,7 @@ Wang et al., ICML 2024.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from graftwork import UserError
@@ -135,6 +135,7 @@ class Consensus(MergePlugin):
 
     name = "consensus"
     Options = ConsensusOptions
+    neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
     @classmethod
     def method(cls, options: ConsensusOptions, seed: int) -> ConsensusMethod:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from graftwork.console import Console
@@ -59,6 +59,7 @@ class Dare(MergePlugin):
 
     name = "dare"
     Options = DareOptions
+    neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
     @classmethod
     def method(cls, options: DareOptions, seed: int) -> DareMethod:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from graftwork import UserError
-from graftwork.console import Console
 from graftwork.merge.experts import Experts
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import ExpandOptions, MergePlugin
@@ -16,7 +17,7 @@ class KeptLoraMethod(MergeMethod):
     merges = False
     routes = True
 
-    def begin(self, experts: Experts, console: Console) -> None:
+    def check(self, experts: Experts) -> None:
         """Refuse experts that are no adapters."""
         for index, name in enumerate(experts.names):
             if experts.adapter(index) is None:
@@ -38,6 +39,7 @@ class KeptLora(MergePlugin):
 
     name = "kept-lora"
     Options = ExpandOptions
+    tiny: ClassVar[dict[str, Any]] = {"expand": "a"}
 
     @classmethod
     def method(cls, options: ExpandOptions, seed: int) -> KeptLoraMethod:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from graftwork.console import Console
@@ -61,6 +61,7 @@ class OneBit(MergePlugin):
 
     name = "one-bit"
     Options = ExpandOptions
+    tiny: ClassVar[dict[str, Any]] = {"expand": "a"}
 
     @classmethod
     def method(cls, options: ExpandOptions, seed: int) -> OneBitMethod:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from graftwork.merge.method import MergeMethod, Piece
 from graftwork.merge.plugin import MergePlugin
@@ -35,6 +37,7 @@ class TaskArithmetic(MergePlugin):
 
     name = "task-arithmetic"
     Options = TaskArithmeticOptions
+    neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
     @classmethod
     def method(cls, options: TaskArithmeticOptions, seed: int) -> TaskArithmeticMethod:

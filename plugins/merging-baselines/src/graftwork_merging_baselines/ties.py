@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from graftwork.console import Console
@@ -55,6 +55,7 @@ class Ties(MergePlugin):
 
     name = "ties"
     Options = TiesOptions
+    neutral: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
     @classmethod
     def method(cls, options: TiesOptions, seed: int) -> TiesMethod:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from graftwork.merge.experts import Experts
@@ -44,6 +44,7 @@ class Unmerged(MergePlugin):
 
     name = "unmerged"
     Options = UnmergedOptions
+    tiny: ClassVar[dict[str, Any]] = {"expand": "a"}
 
     @classmethod
     def method(cls, options: UnmergedOptions, seed: int) -> UnmergedMethod:

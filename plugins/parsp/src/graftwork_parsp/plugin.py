@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from graftwork import AreaChart, GradientTransform, UserError, hookimpl
@@ -28,6 +28,7 @@ class Parsp:
     """Train a sparse core of neurons per task, in directions to which earlier tasks are blind."""
 
     Options = ParspOptions
+    tiny: ClassVar[dict[str, Any]] = {"density": 0.25}
     sharding = frozenset({"zero2"})
 
     def __init__(self, options: ParspOptions) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from graftwork import GradientTransform, LossTerm, UserError, hookimpl
@@ -75,6 +75,7 @@ class Sparta:
     """A shared low-rank and a specific high-rank branch per layer, kept orthogonal, weighed by a prompt router."""
 
     Options = SpartaOptions
+    tiny: ClassVar[dict[str, Any]] = {"block_layers": 1, "rank_specific": 4, "components": 2}
     sharding = frozenset({"zero2"})
 
     def __init__(self, options: SpartaOptions) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +16,28 @@ from graftwork import UserError
 from torch import nn
 
 
+@dataclass
+class Pass:
+    """A forward pass: what is its prompt and what it attends to (b x l; None: everything).
+
+    ``reuse``: it continues a cached sequence, so the gates of its prompt stay.
+    """
+
+    mask: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
+    reuse: bool = False
+
+
 class PromptContext:
     """Shared by all routers of a model; filled by a pre-hook of the model's forward pass.
 
-    Attributes:
-        reuse: this pass continues a cached sequence, so the gates of its prompt stay.
+    The last pass with gradients and the last one without are kept apart: checkpointed layers run once more in the
+    backward pass, and another method may have asked the model for something without gradients in between.
     """
 
     def __init__(self) -> None:
-        self.reuse = False
+        self._passes = {True: Pass(), False: Pass()}
         self._given: torch.Tensor | None = None
-        self._mask: torch.Tensor | None = None
-        self._attended: torch.Tensor | None = None
         self._fixed: torch.Tensor | None = None
         self._fixing = False
 
@@ -41,28 +52,34 @@ class PromptContext:
         labels = kwargs.get("labels")
         attended = kwargs.get("attention_mask")
         given, self._given = self._given, None
-        self.reuse = cache is not None and cache.get_seq_length() > 0
-        self._attended = attended if attended is not None and attended.dim() == 2 else None
-        if self.reuse:
-            self._mask = None
-        elif given is not None:
-            self._mask = given.bool()
+        now = self._passes[torch.is_grad_enabled()] = Pass()
+        now.reuse = cache is not None and cache.get_seq_length() > 0
+        now.attended = attended if attended is not None and attended.dim() == 2 else None
+        if now.reuse:
+            return
+        if given is not None:
+            now.mask = given.bool()
         elif self._fixed is not None and ids is not None:
             # Without a cache every step sees the whole text again; what was added since is no prompt.
-            self._mask = nn.functional.pad(self._fixed, (0, ids.shape[1] - self._fixed.shape[1]))
+            now.mask = nn.functional.pad(self._fixed, (0, ids.shape[1] - self._fixed.shape[1]))
         elif labels is not None:
-            self._mask = prompt_mask(labels, self._attended)
+            now.mask = prompt_mask(labels, now.attended)
         else:
-            self._mask = None if self._attended is None else self._attended.bool()
+            now.mask = None if now.attended is None else now.attended.bool()
             if self._fixing and ids is not None:
-                self._fixed = torch.ones_like(ids).bool() if self._mask is None else self._mask
+                self._fixed = torch.ones_like(ids).bool() if now.mask is None else now.mask
+
+    @property
+    def now(self) -> Pass:
+        """The pass that is being computed."""
+        return self._passes[torch.is_grad_enabled()]
 
     def prompt(self, hidden: torch.Tensor, fallback: str) -> torch.Tensor:
         """Return the prompt mask (b x l) of this pass for hidden states (b x l x d).
 
         Rows without any prompt token take the first half of their attended tokens, or are refused.
         """
-        mask = self._mask
+        mask = self.now.mask
         if mask is None:
             return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if mask.shape != hidden.shape[:2]:
@@ -84,9 +101,10 @@ class PromptContext:
 
     def attended(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the attention mask (b x l) of this pass, all True where none was given."""
-        if self._attended is None or self._attended.shape != hidden.shape[:2]:
+        attended = self.now.attended
+        if attended is None or attended.shape != hidden.shape[:2]:
             return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        return self._attended.bool()
+        return attended.bool()
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
@@ -96,7 +114,7 @@ class PromptContext:
             yield
         finally:
             self._fixing, self._fixed = False, None
-            self.reuse = False
+            self._passes = {True: Pass(), False: Pass()}
 
 
 def prompt_mask(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -62,6 +62,7 @@ class SpartaRouter(nn.Module, SpartaPart):
         self.sparta_old_K = BufferDict({}, persistent=True)
         self.sparta_old_w = BufferDict({}, persistent=True)
         self.gates: dict[str, torch.Tensor] = {}
+        self._kept: dict[tuple[bool, str], torch.Tensor] = {}
         self.static: dict[str, torch.Tensor] = {}
 
     # ------------------------------------------------------------------ growth
@@ -116,7 +117,7 @@ class SpartaRouter(nn.Module, SpartaPart):
                 continue
             config = self.configs[name]
             every_step = config.router == "lineage" and config.lineage_pool == "all"
-            if self.context.reuse and not every_step:
+            if self.context.now.reuse and not every_step:
                 continue
             mask = (
                 self.context.attended(hidden)
@@ -129,7 +130,7 @@ class SpartaRouter(nn.Module, SpartaPart):
                     f"SpaRTA: the gate of block {self.block} is not a number; lower 'learning_rate' or 'mu', "
                     f"or turn the router off (router: off)"
                 )
-            self.gates[name] = gates
+            self.gates[name] = self._kept[torch.is_grad_enabled(), name] = gates
 
     def _gates(self, name: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the gates (b x 2), in fp32, from hidden states (b x l x d) and a mask (b x l)."""
@@ -147,7 +148,9 @@ class SpartaRouter(nn.Module, SpartaPart):
 
     def rank_gates(self, name: str, ranks: tuple[int, int], batch: int) -> torch.Tensor:
         """Return the gates of adapter ``name`` expanded to ranks: (b x (r_shared + r_specific))."""
-        gates = self.gates.get(name)
+        # With gradients, those of the pass with gradients: another method may ask the model for something without
+        # them before the backward pass, in which checkpointed layers run again.
+        gates = self._kept.get((torch.is_grad_enabled(), name))
         if gates is None or gates.shape[0] != batch:
             have = "none" if gates is None else str(gates.shape[0])
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import PairBatch, PairLoss, SelfPlay, hookimpl
 from graftwork.self_play.options import SelfPlayOptions
@@ -33,6 +33,7 @@ class ContinuedSft:
     """No player writes anything; the model goes on learning the targets."""
 
     Options = ContinuedSftOptions
+    tiny: ClassVar[dict[str, Any]] = {"iterations": 2}
     sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: ContinuedSftOptions) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graftwork import PairBatch, PairLoss, Sample, SelfPlay, hookimpl
 from graftwork.self_play.options import SelfPlayOptions
@@ -48,6 +48,11 @@ class IterativeDpo:
     """Learn the model's best answers against its worst."""
 
     Options = IterativeDpoOptions
+    tiny: ClassVar[dict[str, Any]] = {
+        "iterations": 2,
+        "reward": "{folder}/models/judge",
+        "writing": {"max_new_tokens": 6},
+    }
     sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: IterativeDpoOptions) -> None:

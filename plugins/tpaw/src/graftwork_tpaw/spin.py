@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from graftwork import PairBatch, PairLoss, SelfPlay, hookimpl
 from graftwork.self_play.options import SelfPlayOptions
@@ -48,6 +48,7 @@ class Spin:
     """One player, the last checkpoint, is opponent and reference."""
 
     Options = SpinOptions
+    tiny: ClassVar[dict[str, Any]] = {"iterations": 2, "writing": {"max_new_tokens": 6}}
     sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: SpinOptions) -> None:

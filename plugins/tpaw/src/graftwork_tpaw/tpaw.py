@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from graftwork import PairBatch, PairLoss, SelfPlay, hookimpl
@@ -73,6 +73,12 @@ class Tpaw:
     """Learn to tell targets from what the last checkpoints write, each of them judging in its own measure."""
 
     Options = TpawOptions
+    tiny: ClassVar[dict[str, Any]] = {
+        "iterations": 2,
+        "players": 2,
+        "rounds": 2,
+        "writing": {"max_new_tokens": 6},
+    }
     sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: TpawOptions) -> None:
