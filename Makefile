@@ -12,7 +12,7 @@ UV = links="$(LINKS)"; [ -z "$$links" ] || export UV_FIND_LINKS="$$links"; $(BIN
 DISTRIBUTIONS := core kernels $(wildcard plugins/*)
 MANIFESTS := pyproject.toml constraints.txt $(foreach d,$(DISTRIBUTIONS),$(d)/pyproject.toml)
 
-.PHONY: setup demo test slow lint bench claims check matrix faults freeze clean
+.PHONY: setup demo test slow lint bench claims check matrix faults hostile freeze clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -37,7 +37,7 @@ demo: $(VENV)/.model
 test: $(VENV)/.ready lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" --durations=10
 
-# Tests of more than half a minute each, DeepSpeed on two CPU processes among them.
+# Tests of more than half a minute each, DeepSpeed on two CPU processes among them, and further cases of quick ones.
 slow: $(VENV)/.ready
 	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt --group slow
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --ignore tests/benchmarks
@@ -70,6 +70,10 @@ matrix: $(VENV)/.ready
 # Kills at random moments, each run then gone on with and compared.
 faults: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m graftwork.testing.faults tests/faults/workloads.yaml --kills 42 --seed 0
+
+# Pickles, lying headers, alias bombs, bad plugins, edited manifests, and any tree as a recipe.
+hostile: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/test_hostile.py
 
 # The wheel of every hook, once for each version of the hooks.
 freeze: $(VENV)/.ready

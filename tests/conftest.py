@@ -84,3 +84,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield call
     importlib.invalidate_caches()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many hostile cases were refused: `make hostile` prints nothing else worth reading."""
+    count = {
+        outcome: sum("test_hostile" in report.nodeid for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed", "error")
+    }
+    if tried := sum(count.values()):
+        terminalreporter.write_line(f"hostile cases refused/tried: {count['passed']}/{tried}")

@@ -121,7 +121,9 @@ def test_a_stream_of_the_paper_s_size_is_planned_with_its_deepspeed_config(
     assert "8 GPUs, ZeRO stage 2: optimizer state, gradients sharded" in outcome.out
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "standard" else pytest.mark.slow) for name in STREAMS]
+)
 def test_the_smoke_size_runs(name: str, trainer: Callable[..., Any], tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = ["--size", "smoke", "--step", "seq-lora", "--step", "o-lora", "--output", output]

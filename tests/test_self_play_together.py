@@ -116,6 +116,7 @@ PHASES: dict[str, str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_in_a_phase(
     trainer: Callable[..., Any], checkpoint: Path, sums: Path, tmp_path: Path, phase: str, unbroken: Path

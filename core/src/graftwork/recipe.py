@@ -360,11 +360,11 @@ def _check_earlier(jobs: Sequence[JobSpec], frame: RecipeFrame, document: yaml_l
 
 def _find_beside(settings: dict[str, Any], folder: Path) -> None:
     """Let what divides a model name a file from the recipe's own folder, where it is there."""
-    for key, field in (("train", "deepspeed"), ("train", "fsdp_config"), ("transform", "deepspeed")):
+    for key, part in (("train", "deepspeed"), ("train", "fsdp_config"), ("transform", "deepspeed")):
         section = settings.get(key)
-        value = section.get(field) if isinstance(section, dict) else None
+        value = section.get(part) if isinstance(section, dict) else None
         if isinstance(value, str) and (folder / value).is_file():
-            settings[key] = {**settings[key], field: str((folder / value).resolve())}
+            settings[key] = {**settings[key], part: str((folder / value).resolve())}
 
 
 def _with_size(document: yaml_lines.Document, size: str | None) -> tuple[dict[str, Any], str]:

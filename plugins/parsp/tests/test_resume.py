@@ -84,7 +84,7 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("where", ["relevance", "training", "moments"])
-@pytest.mark.parametrize("task", ["fruit", "metal"])
+@pytest.mark.parametrize("task", [pytest.param("fruit", marks=pytest.mark.slow), "metal"])
 def test_stopped_anywhere(
     arm: str, where: str, task: str, whole: Callable[[str], Path], checkpoint: Path, stream: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -336,7 +336,10 @@ def interior(
     return z[:answers].log_softmax(0)
 
 
-@pytest.mark.parametrize(("scale", "players"), [(0.1, 1), (0.1, 3), (1.0, 3)])
+@pytest.mark.parametrize(
+    ("scale", "players"),
+    [(0.1, 1), pytest.param(0.1, 3, marks=pytest.mark.slow), pytest.param(1.0, 3, marks=pytest.mark.slow)],
+)
 def test_solved_tpaw_follows_theory_into_the_zone(scale: float, players: int) -> None:
     """Exact-gradient iterations against an independent solution; what they reach is in the zone and stays there."""
     eta, gamma = 3.0, 0.5

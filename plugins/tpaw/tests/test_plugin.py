@@ -141,7 +141,10 @@ def test_two_iterations_of_every_method(play: Play, method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "adapter"),
-    [*((method, LORA) for method in LOGGED), ("tpaw", None)],
+    [
+        *(pytest.param(name, LORA, marks=[] if name == "tpaw" else pytest.mark.slow) for name in LOGGED),
+        pytest.param("tpaw", None, marks=pytest.mark.slow),
+    ],
     ids=[*LOGGED, "tpaw, full weights"],
 )
 def test_a_run_cut_in_its_second_iteration_resumes_to_the_same_bits(

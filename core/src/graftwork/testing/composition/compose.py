@@ -59,6 +59,7 @@ class Composer:
             stored = {
                 "model": trail.model,
                 "plugins": trail.decoders,
+                "imports": list(order),
                 "logits": reading.logits,
                 "tokens": reading.tokens,
             }

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from graftwork.errors import UserError
 from graftwork.evaluate.modes import evaluating
 from graftwork.generate.decoding import Decoding, decode
 from graftwork.generate.prompts import Prompt
 from graftwork.models import load_model, load_tokenizer
-from graftwork.plugins import Plugins
+from graftwork.plugins import Plugins, load_class
 from graftwork.recipe import Job
 from graftwork.run import Run
 
@@ -71,10 +72,19 @@ def read(model: str, plugins: Mapping[str, Mapping[str, Any]]) -> Reading:
 
 
 def changed(stored: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the numbers of those among ``stored`` (model, plugins, logits, tokens) that are read otherwise here."""
+    """Return the numbers of those among ``stored`` (model, plugins, logits, tokens) that are read otherwise here.
+
+    ``imports`` are the plugins that made a model: the kind of its adapter may be known to one of them only.
+    """
     found = []
     for number, one in enumerate(stored):
-        again = read(one["model"], one["plugins"])
+        for name in one["imports"]:
+            load_class(name)
+        try:
+            again = read(one["model"], one["plugins"])
+        except UserError:
+            found.append(number)
+            continue
         if (again.logits, again.tokens) != (one["logits"], one["tokens"]):
             found.append(number)
     return found
