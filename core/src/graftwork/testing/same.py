@@ -45,11 +45,18 @@ def _names(folder: Path) -> set[str]:
 def _reader(path: Path) -> Callable[[Path], Any]:
     if path.name == "metrics.jsonl":
         return lambda file: [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
+    if path.name == "adapter_config.json":
+        return lambda file: _unordered(json.loads(file.read_text()))
     if path.suffix == ".json":
         return lambda file: _timeless(json.loads(file.read_text()))
     if path.suffix == ".html":
         return lambda file: file.read_text().rstrip().endswith("</html>")
     return Path.read_bytes
+
+
+def _unordered(config: dict[str, Any]) -> dict[str, Any]:
+    """PEFT holds the names of modules in sets and writes them in any order."""
+    return {key: sorted(one) if isinstance(one, list) else one for key, one in config.items()}
 
 
 def _different(one: Any, other: Any, place: str = "") -> str | None:

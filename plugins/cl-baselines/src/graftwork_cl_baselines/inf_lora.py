@@ -6,7 +6,7 @@ official code. Only B trains; A is frozen in directions that old inputs (almost)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from graftwork import Adapter, AreaChart, UserError, hookimpl
@@ -46,6 +46,8 @@ class InfLora:
     """A fresh LoRA per task; A frozen in the null space of old inputs, B trained; all summed at inference."""
 
     Options = InfLoraOptions
+    # Of a few short items, more directions than these are told apart by rounding.
+    tiny: ClassVar[dict[str, Any]] = {"rank": 2, "eps": 0.6}
     sharding = frozenset({"zero2", "zero3", "fsdp2"})
 
     def __init__(self, options: InfLoraOptions) -> None:

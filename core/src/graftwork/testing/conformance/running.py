@@ -10,7 +10,7 @@ from typing import Any
 
 from graftwork.errors import PluginError
 from graftwork.plugins import PluginInfo
-from graftwork.recipe import load
+from graftwork.recipe import Job, load
 from graftwork.recipes import shipped
 from graftwork.testing.composition.trail import Broken
 from graftwork.testing.conformance.trial import Failed, Promise, Trial, Without, sizes_of
@@ -33,7 +33,7 @@ def _smoke(info: PluginInfo) -> tuple[str, list[str]]:
         if sizes and "smoke" not in sizes:
             continue
         recipe = load(path, size="smoke" if sizes else None)
-        mine = [spec for spec in recipe.jobs if info.name in spec.job.plugins]
+        mine = [spec for spec in recipe.jobs if _takes_part(info.name, spec.job)]
         if not mine:
             continue
         wanted: list[str] = []
@@ -45,6 +45,12 @@ def _smoke(info: PluginInfo) -> tuple[str, list[str]]:
         )
     _, reference, steps = min(found)
     return reference, steps
+
+
+def _takes_part(name: str, job: Job) -> bool:
+    """Whether a job uses a plugin, or measures with a benchmark of its own."""
+    benchmark = str((job.benchmark or {}).get("name", ""))
+    return name in job.plugins or benchmark.startswith(f"{name}:")
 
 
 def _with_needs(arm: str, needs: dict[str, tuple[str, ...]], wanted: list[str]) -> None:
