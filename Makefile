@@ -12,7 +12,7 @@ UV = links="$(LINKS)"; [ -z "$$links" ] || export UV_FIND_LINKS="$$links"; $(BIN
 DISTRIBUTIONS := core kernels $(wildcard plugins/*)
 MANIFESTS := pyproject.toml constraints.txt $(foreach d,$(DISTRIBUTIONS),$(d)/pyproject.toml)
 
-.PHONY: setup demo test slow lint bench claims check matrix faults hostile freeze clean
+.PHONY: setup demo test slow lint bench claims check matrix faults hostile coverage freeze clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -74,6 +74,11 @@ faults: $(VENV)/.ready
 # Pickles, lying headers, alias bombs, bad plugins, edited manifests, and any tree as a recipe.
 hostile: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/test_hostile.py
+
+# Lines of core that `make test` runs; what runs in processes that tests start is not counted.
+coverage: $(VENV)/.ready
+	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt --group coverage
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" --cov=graftwork --cov-report=term --cov-fail-under=90
 
 # The wheel of every hook, once for each version of the hooks.
 freeze: $(VENV)/.ready
