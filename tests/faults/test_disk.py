@@ -54,7 +54,7 @@ def _full_at(commands: Any, told: Told, name: str, number: int, what: str) -> No
 def test_full_from_some_attempt_to_write_on(commands: Any, sentence: Told, name: str) -> None:
     attempts = _attempts(commands, name)
     assert len(attempts) > 4
-    for number in random.Random(name).sample(range(1, len(attempts) + 1), 2):
+    for number in random.Random(name).sample(range(1, len(attempts) + 1), 1):
         _full_at(commands, sentence, name, number, f"{number}: {attempts[number - 1]}")
 
 
@@ -182,7 +182,7 @@ def _begun(commands: Any, name: str, **options: Any) -> Started:
     return process
 
 
-@pytest.mark.parametrize("name", BUSY)
+@pytest.mark.parametrize("name", [*SHORT, pytest.param("recipe", marks=pytest.mark.slow)])
 def test_a_second_process_is_refused(commands: Any, sentence: Told, name: str) -> None:
     """As long as the first one runs, and no longer, however it ended."""
     first = _begun(commands, name)
@@ -199,8 +199,15 @@ def test_a_second_process_is_refused(commands: Any, sentence: Told, name: str) -
     commands.resumed(name)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(
+    ("name", "number", "code"),
+    [
+        ("lora", signal.SIGTERM, 143),
+        ("gptq", signal.SIGINT, 130),
+        ("generate", signal.SIGTERM, 143),
+        ("generate", signal.SIGINT, 130),
+    ],
+)
 def test_a_process_that_is_told_to_stop(commands: Any, name: str, number: int, code: int) -> None:
     process = _begun(commands, name)
     process.send(number)

@@ -77,12 +77,13 @@ def _kill_when(process: Started, ready: Callable[[], bool]) -> None:
     process.wait()
 
 
-def test_killed_right_after_the_last_step(commands: Any) -> None:
-    """The Trainer would take one step more."""
-    process = commands.start("lora")
+@pytest.mark.parametrize("name", ["lora", "sparta"])
+def test_killed_right_after_the_last_step(commands: Any, name: str) -> None:
+    """The Trainer would take one step more; without it, a plugin sees no batch any more."""
+    process = commands.start(name)
     _kill_when(process, (commands.output / "run/stages/current/checkpoint-6/graftwork.json").exists)
     assert not (commands.output / "run/stages/01-colour").exists()
-    assert "resuming colour at step 6" in commands.resumed("lora").said()
+    assert "resuming colour at step 6" in commands.resumed(name).said()
 
 
 def test_killed_while_a_checkpoint_was_written(commands: Any) -> None:
@@ -185,4 +186,6 @@ def test_a_round_that_stands_is_tidied_up(commands: Any) -> None:
     (run / "rounds/iteration-1/written").mkdir()
     (run / "rounds/iteration-1/written/00000.json").write_text("[]")
     (run / "rounds/iteration-2/pairs.parquet").unlink()
+    for known in (run / "rounds/log-probs").glob("*/*.safetensors"):
+        known.with_suffix(".parts").mkdir()
     commands.resumed("tpaw")

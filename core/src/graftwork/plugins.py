@@ -52,9 +52,7 @@ def discover() -> dict[str, PluginInfo]:
     """
     found: dict[str, PluginInfo] = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        # Read once: every access of a distribution's name or version parses its metadata again.
-        metadata = point.dist.metadata if point.dist else {"Name": "unknown", "Version": "unknown"}
-        name, version = metadata["Name"], metadata["Version"]
+        name, version = _name_and_version(point.dist)
         if not NAME.fullmatch(point.name):
             raise UserError(
                 f"package '{name}' offers a plugin called {point.name!a}; names are made of small letters, digits "
@@ -68,6 +66,23 @@ def discover() -> dict[str, PluginInfo]:
             )
         found[point.name] = PluginInfo(point.name, name, version, point)
     return dict(sorted(found.items()))
+
+
+def _name_and_version(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
+    """Return both from the head of the metadata, whose whole, README and all, would be parsed at every access."""
+    found = {"Name": "unknown", "Version": "unknown"}
+    text = (
+        (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "")
+        if distribution
+        else ""
+    )
+    for line in text.splitlines():
+        if not line:
+            break
+        key, _, value = line.partition(": ")
+        if key in found:
+            found[key] = value.strip()
+    return found["Name"], found["Version"]
 
 
 def find(name: str) -> PluginInfo:

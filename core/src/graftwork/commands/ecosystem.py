@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +80,8 @@ def new_plugin(name: str, kind: str, output: str | None) -> None:
 
 def check_plugins(names: Sequence[str], static: bool) -> int:
     """Print a verdict for every promise of each plugin; return 0 where none failed, else 1."""
+    import tempfile
+
     from graftwork.console import Console
     from graftwork.plugins import find
     from graftwork.testing.conformance import check, tools
@@ -105,6 +106,8 @@ def check_plugins(names: Sequence[str], static: bool) -> int:
 
 def plugins_matrix(names: Sequence[str], triples: int, seed: int, markdown: str | None) -> int:
     """Print which plugins go together, and write it as a page; return 1 where a pair is broken, else 0."""
+    import tempfile
+
     from graftwork.console import Console
     from graftwork.files import write_text_atomic
     from graftwork.plugins import find

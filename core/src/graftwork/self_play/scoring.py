@@ -111,6 +111,11 @@ class LogProbs:
         self.folder = folder
         self.run = run
         self.scorer = scorer
+        if run.main:
+            # A run may have been cut off between a file and the removal of its parts.
+            for parts in folder.glob("*/*.parts"):
+                if parts.with_suffix(".safetensors").exists():
+                    shutil.rmtree(parts)
 
     def has(self, checkpoint: str, sequences: Sequences) -> bool:
         return self._path(checkpoint, sequences).exists()

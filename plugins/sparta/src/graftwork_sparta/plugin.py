@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from graftwork import GradientTransform, LossTerm, UserError, hookimpl
@@ -81,6 +81,8 @@ class Sparta:
     def __init__(self, options: SpartaOptions) -> None:
         self.options = options
         self.restoration: Restoration | None = None
+        self.trained: torch.nn.Module | None = None
+        self.kept_gates: torch.Tensor | None = None
 
     @hookimpl
     def check(self, run: Run) -> None:
@@ -152,6 +154,7 @@ class Sparta:
     @hookimpl
     def task_begin(self, run: Run, task: Task, trainer: Trainer) -> None:
         announce(run.console.say, trainer.args.device)
+        self.trained, self.kept_gates = cast(torch.nn.Module, trainer.model), None
         if task.index > 0:
             grow(trainer.model, torch.Generator().manual_seed(run.seed * 1009 + task.index))
         if self.options.restore_every:
@@ -169,22 +172,40 @@ class Sparta:
     @hookimpl
     def task_end(self, run: Run, task: Task, trainer: Trainer) -> None:
         freeze_new(trainer.model)
-        if self.options.router != "off":
+        away = self._gates()
+        if away is not None:
             # How far the gates of the last batch are from doing nothing, for whoever asks what the router does.
-            away = (gate_values(trainer.model) - 1).abs()
-            run.events.write("gates", task=task.name, mean_from_1=away.mean().item(), most=away.max().item())
+            mean, most = away.tolist()
+            run.events.write("gates", task=task.name, mean_from_1=mean, most=most)
 
     @hookimpl
     def save_state(self, run: Run) -> Mapping[str, torch.Tensor] | None:
-        if self.restoration is None:
-            return None
-        return {**self.restoration.start, "step": torch.tensor(self.restoration.step)}
+        state: dict[str, torch.Tensor] = {}
+        if self.restoration is not None:
+            state |= {**self.restoration.start, "step": torch.tensor(self.restoration.step)}
+        away = self._gates()
+        if away is not None:
+            # A run that goes on behind its last step sees no batch any more.
+            state["gates"] = away
+        return state or None
 
     @hookimpl
     def load_state(self, run: Run, state: Mapping[str, torch.Tensor]) -> None:
+        self.kept_gates = state.get("gates")
         if self.restoration is not None and "step" in state:
-            self.restoration.start = {name: value for name, value in state.items() if name != "step"}
+            start = {name: value for name, value in state.items() if name not in ("step", "gates")}
+            self.restoration.start = start
             self.restoration.step = int(state["step"])
+
+    def _gates(self) -> torch.Tensor | None:
+        """Return mean and maximum of |gate - 1| over the last batch; None where there is no router, or was no batch."""
+        if self.options.router == "off" or self.trained is None:
+            return None
+        try:
+            away = (gate_values(self.trained) - 1).abs()
+        except KeyError:
+            return self.kept_gates
+        return torch.stack([away.mean(), away.max()]).cpu()
 
     @hookimpl
     def generation_context(self, run: Run, model: PreTrainedModel) -> AbstractContextManager[None] | None:
