@@ -80,7 +80,7 @@ class Commands:
             aside = self.kept / "aside"
             if self.output.exists():
                 self.output.rename(aside)
-            process = self.run(name)
+            process = self.run(name, log="whole")
             assert process.poll() == 0, process.said()
             self.output.rename(place)
             if aside.exists():
