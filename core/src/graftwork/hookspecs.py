@@ -23,7 +23,8 @@ is refused (see :mod:`graftwork.train.sharding`).
 
 Order of the calls in a training run::
 
-    check -> self_play -> task_stream -> [weights are loaded] -> adapter_config -> load_state (when resuming) ->
+    check -> self_play -> task_stream -> [weights are loaded] -> adapter_config -> check_adapter ->
+    load_state (when resuming) ->
     per task:  training_data -> task_begin -> loss_terms, transform_gradients, learning_rate_factors
                -> load_state (when resuming inside the task)
                -> (batch_begin, training)* -> task_end -> evaluation -> save_state
@@ -361,6 +362,7 @@ class WeightTransform:
         dense: whether the layer's inputs and outputs in the unchanged model are kept, too.
         stored: whether it works on the weights as they are stored, so that no other may come before it.
         factors: whether it puts factors in the place of linears; a weight is factored once.
+        scales: whether it scales what goes into ``o`` or ``down``, which a rotation before it would forbid.
         rotates: whether it turns what goes into the layers' linears into other bases, as only one may.
         rounds: whether it leaves rounded weights, which no other can change: it comes last.
         begin: changes embedding, final norm and head, before the first layer.
@@ -380,6 +382,7 @@ class WeightTransform:
     dense: bool = False
     stored: bool = False
     factors: bool = False
+    scales: bool = False
     rotates: bool = False
     rounds: bool = False
     begin: Callable[[Outer], None] | None = None
@@ -409,6 +412,13 @@ class GraftworkHooks:
         """Return the adapter to inject. Two plugins that both return one are refused.
 
         ``model`` may live on the meta device (dry run): read shapes, not values.
+        """
+
+    @hookspec
+    def check_adapter(self, run: Run, adapter: Adapter | None) -> None:
+        """Refuse the adapter that this run has, whoever brings it, by raising :class:`graftwork.UserError`.
+
+        None: full weights. Called once it is chosen, before weights are read.
         """
 
     # ---------------------------------------------------------------- training

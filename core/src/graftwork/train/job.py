@@ -207,6 +207,7 @@ class Plan:
         if run.job.evaluate.general.text:
             check_model(meta.config)
         adapter = choose(run, meta)
+        run.plugins.call("check_adapter", run=run, adapter=adapter)
         if play:
             check_self_play(run, *play, adapter, meta)
         return cls(run, chosen, adapter, meta, play)

@@ -100,6 +100,9 @@ def check_order(transforms: Sequence[tuple[str, WeightTransform]]) -> None:
                 cure = f"name '{earlier}' last"
             elif before.factors and one.factors:
                 what, cure = "both factorise the weights", "leave one of them out"
+            elif before.rotates and one.scales:
+                what = f"'{earlier}' rotates what '{plugin}' is to scale"
+                cure = f"name '{plugin}' first"
             elif before.rotates and one.rotates:
                 what, cure = "both rotate what goes into the linears", "leave one of them out"
             else:

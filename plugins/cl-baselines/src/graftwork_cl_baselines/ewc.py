@@ -19,6 +19,7 @@ from graftwork_cl_baselines.quadratic import Quadratic, fisher, trained_paramete
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from graftwork import Adapter
     from graftwork.data.tasks import Task
     from graftwork.run import Run
     from transformers import Trainer
@@ -59,12 +60,20 @@ class Ewc:
     @hookimpl
     def check(self, run: Run) -> None:
         refuse_field("ewc", run, "packing", "importance is taken per item, and packing joins items")
-        policy = (run.job.adapter or {}).get("policy", "shared")
-        if policy != "shared":
-            raise UserError(
-                f"plugin 'ewc' pulls on parameters that are trained from task to task, and adapter.policy "
-                f"'{policy}' freezes those of earlier tasks; set adapter.policy: shared"
-            )
+
+    @hookimpl
+    def check_adapter(self, run: Run, adapter: Adapter | None) -> None:
+        if adapter is None or adapter.policy == "shared":
+            return
+        makers = run.plugins.implements("adapter_config")
+        who = (
+            f"plugins 'ewc' and '{makers[0]}' cannot be combined" if makers else "plugin 'ewc' cannot be used"
+        )
+        raise UserError(
+            f"{who}: it pulls on parameters that are trained from task to task (hook loss_terms), and the adapter's "
+            f"policy '{adapter.policy}' freezes those of earlier tasks; set adapter.policy: shared, or leave one of "
+            f"them out"
+        )
 
     @hookimpl
     def loss_terms(self, run: Run, model: torch.nn.Module) -> Sequence[LossTerm]:

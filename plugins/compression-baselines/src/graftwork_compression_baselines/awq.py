@@ -23,7 +23,7 @@ from graftwork_compression_baselines.awq_search import (
     losses_by_moments,
     losses_by_output,
 )
-from graftwork_compression_baselines.order import WeightPlugin
+from graftwork_compression_baselines.order import WeightPlugin, touches_rotated
 from graftwork_compression_baselines.rounding import (
     OUTPUT_ERROR,
     WEIGHT_ERROR,
@@ -98,7 +98,15 @@ class Awq(WeightPlugin):
         }
         if self.rounds:
             figures |= WEIGHT_ERROR | OUTPUT_ERROR
-        return [WeightTransform("awq", self.transform, rounds=self.rounds, figures=figures)]
+        return [
+            WeightTransform(
+                "awq",
+                self.transform,
+                scales=touches_rotated(self.options.places),
+                rounds=self.rounds,
+                figures=figures,
+            )
+        ]
 
     def transform(self, block: Block) -> None:
         """Scale, clip and round one layer."""

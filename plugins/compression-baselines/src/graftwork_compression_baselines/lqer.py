@@ -84,7 +84,6 @@ class Lqer(WeightPlugin):
     """Rounding, and what it lost at low rank."""
 
     name = "lqer"
-    rounds = True
     Options = LqerOptions
 
     def __init__(self, options: LqerOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from graftwork import UserError, hookimpl
@@ -15,13 +16,11 @@ class WeightPlugin:
 
     Attributes:
         name: of the plugin.
-        rounds: whether it rounds weights, so that nothing may scale, rotate or factorise them afterwards.
         rescales: whether it scales inputs of linears by folding into the norms before them.
         clears_norms: whether it folds the norms' weights into the linears after them.
     """
 
     name: str
-    rounds = False
     rescales = False
     clears_norms = False
 
@@ -38,21 +37,21 @@ class WeightPlugin:
 
 
 def check_order(plugin: Any, everyone: list[Any]) -> None:
-    """Refuse an order of plugins in which one would find its work impossible or undone.
+    """Refuse an order of plugins in which one would undo the work of one before it.
 
     Raises:
-        UserError: something rounds before ``plugin``, or ``plugin`` undoes what was scaled before it.
+        UserError: ``plugin`` undoes what was scaled before it.
     """
     before = everyone[: everyone.index(plugin)]
-    rounding = next((other.name for other in before if other.rounds), None)
-    if rounding:
-        raise UserError(
-            f"plugin '{rounding}' rounds the weights before '{plugin.name}' sees them; what scales, rotates or "
-            f"factorises comes first, and one plugin rounds"
-        )
     scaled = next((other.name for other in before if other.rescales), None)
     if scaled and plugin.clears_norms:
         raise UserError(
-            f"plugin '{plugin.name}' folds the norms into the linears after them, which undoes the scales of "
-            f"'{scaled}'; name '{scaled}' after it"
+            f"plugins '{scaled}' and '{plugin.name}' cannot be combined in this order: '{plugin.name}' folds the norms "
+            f"into the linears after them, which undoes the scales of '{scaled}' (hook weight_transforms); name "
+            f"'{scaled}' after it"
         )
+
+
+def touches_rotated(places: Sequence[str]) -> bool:
+    """Return whether inputs are scaled that a rotation can turn without a norm before them: those of o and down."""
+    return bool({"o", "down"} & set(places))

@@ -15,7 +15,7 @@ import torch
 from graftwork import WeightTransform, hookimpl
 from pydantic import BaseModel, ConfigDict, Field
 
-from graftwork_compression_baselines.order import WeightPlugin
+from graftwork_compression_baselines.order import WeightPlugin, touches_rotated
 from graftwork_compression_baselines.surroundings import fold_scales, inputs_of
 
 if TYPE_CHECKING:
@@ -77,7 +77,11 @@ class SmoothQuant(WeightPlugin):
     @hookimpl
     def weight_transforms(self, run: Run) -> Sequence[WeightTransform]:
         figures = {"largest_scale": "largest scale of a place"}
-        return [WeightTransform("smoothquant", self.transform, figures=figures)]
+        return [
+            WeightTransform(
+                "smoothquant", self.transform, scales=touches_rotated(self.options.places), figures=figures
+            )
+        ]
 
     def transform(self, block: Block) -> None:
         """Scale the inputs of one layer's linears."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftwork import Benchmark, hookimpl
 from graftwork.edit.plugin import EditPlugin
@@ -21,6 +21,14 @@ class Dem(EditPlugin):
 
     name = "dem"
     Options = DemOptions
+    # A random model's sites say little and its inputs are few: any site, and a ridge that is felt.
+    tiny: ClassVar[dict[str, Any]] = {
+        "requests": "facts",
+        "limit": 2,
+        "max_share": 1e6,
+        "ridge": 1e-2,
+        "locate": {"mode": "fixed", "sites": ["mlp.1", "attn.2"]},
+    }
 
     @classmethod
     def editor(cls, options: Any) -> DemEditor:

@@ -61,6 +61,7 @@ class Composer:
                 "plugins": trail.decoders,
                 "imports": list(order),
                 "logits": reading.logits,
+                "scores": reading.scores,
                 "tokens": reading.tokens,
             }
             return Outcome(order, "composes", stored=stored)

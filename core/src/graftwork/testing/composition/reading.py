@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from graftwork.errors import UserError
 from graftwork.evaluate.modes import evaluating
@@ -28,10 +29,23 @@ TOKENS = 8
 
 @dataclass(frozen=True)
 class Reading:
-    """A hash of the model's logits for the first prompt, and the tokens that were drawn with the plugins."""
+    """Hashes of the model's logits for the first prompt and of the scores that tokens were drawn from with the plugins;
+    and the tokens."""
 
     logits: str
+    scores: str
     tokens: list[list[int]]
+
+
+class _Seen(LogitsProcessor):
+    """Keeps a hash of all scores that come by, after combiners and all other processors."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        self.hash.update(scores.float().numpy().tobytes())
+        return scores
 
 
 def decoding_run(model: str, plugins: Mapping[str, Mapping[str, Any]]) -> Run:
@@ -58,17 +72,19 @@ def read(model: str, plugins: Mapping[str, Mapping[str, Any]]) -> Reading:
         ids = torch.tensor([tokenizer(str(PROMPTS[0].main)).input_ids])
         logits = loaded(input_ids=ids).logits
     torch.manual_seed(0)
+    seen, decoding = _Seen(), Decoding.from_plugins(run, loaded)
     tokens = decode(
         loaded,
         PROMPTS,
         tokenizer=tokenizer,
-        decoding=Decoding.from_plugins(run, loaded),
+        decoding=replace(decoding, processors=(*decoding.processors, seen)),
         max_new_tokens=TOKENS,
         min_new_tokens=TOKENS,
         # Drawn, not greedy: small changes of the logits of a random model rarely change which is largest.
         do_sample=True,
     )
-    return Reading(hashlib.sha256(logits.float().numpy().tobytes()).hexdigest(), tokens)
+    first = hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
+    return Reading(first, seen.hash.hexdigest(), tokens)
 
 
 def changed(stored: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -85,6 +101,6 @@ def changed(stored: Sequence[Mapping[str, Any]]) -> list[int]:
         except UserError:
             found.append(number)
             continue
-        if (again.logits, again.tokens) != (one["logits"], one["tokens"]):
+        if any(getattr(again, key) != one[key] for key in ("logits", "scores", "tokens")):
             found.append(number)
     return found

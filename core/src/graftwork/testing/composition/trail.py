@@ -23,7 +23,11 @@ class Trail:
         """What a plugin must change in some way to have an effect."""
         found = dict(self.numbers)
         if self.reading is not None:
-            found |= {"logits": self.reading.logits, "tokens": self.reading.tokens}
+            found |= {
+                "logits": self.reading.logits,
+                "scores": self.reading.scores,
+                "tokens": self.reading.tokens,
+            }
         return found
 
 
