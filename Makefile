@@ -63,9 +63,9 @@ claims: $(VENV)/.model
 check: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/trainer plugins check $$($(BIN)/trainer plugins list | tail -n +2 | cut -d' ' -f1)
 
-# Every pair of plugins and 60 triples on a tiny model; writes plugins/COMPOSITION.md.
+# Every pair of plugins and 60 triples on a tiny model; writes tests/COMPOSITION.md.
 matrix: $(VENV)/.ready
-	@OMP_NUM_THREADS=1 $(BIN)/trainer plugins matrix --triples 60 --markdown plugins/COMPOSITION.md
+	@OMP_NUM_THREADS=1 $(BIN)/trainer plugins matrix --triples 60 --markdown tests/COMPOSITION.md
 
 # Kills at random moments, each run then gone on with and compared.
 faults: $(VENV)/.ready

@@ -13,7 +13,7 @@ from graftwork.plugins import discover
 from graftwork.testing.composition import Composer, Matrix, make_matrix
 from graftwork.testing.composition.matrix import pairs_of, pattern, triples_of
 
-PAGE = Path(__file__).parents[1] / "plugins/COMPOSITION.md"
+PAGE = Path(__file__).parent / "COMPOSITION.md"
 TRIPLES = 60
 SAMPLE, SEED = 14, 20261129
 

@@ -107,7 +107,7 @@ def test_a_small_file_system(
     size = sum(path.stat().st_blocks * 512 for path in whole.rglob("*"))
     names = sum(1 for _ in whole.rglob("*"))
     limits = [f"size={draw.randrange(4096, size, 4096)},nr_inodes=100k" for _ in range(6)]
-    limits += [f"size=100m,nr_inodes={draw.randrange(3, names)}" for _ in range(4)]
+    limits += [f"size=100m,nr_inodes={draw.randrange(2, names + 3)}" for _ in range(4)]
     words = commands.words(name, place / "output")
     undisturbed = None
     for limit in ["size=100m,nr_inodes=100k", *limits]:
