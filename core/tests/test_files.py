@@ -122,6 +122,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, error: Exception) -> None:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full; make room there"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "the file system is read-only"),
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "files may not grow so large there"),
+        (RuntimeError("basic_ios::clear: iostream error"), "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), "the disk is full"),
         (PermissionError(errno.EACCES, "denied", "{here}/run/file"), "permission denied; name a place"),
     ],

@@ -32,7 +32,7 @@ _NOT_WRITTEN = {
     errno.EPERM: "permission denied; name a place that you may write to",
     errno.EIO: "the device failed; name another place",
 }
-_TORN = ("PytorchStreamWriter", "inline_container")
+_TORN = ("PytorchStreamWriter", "inline_container", "iostream error")
 """What torch says of a file that it could not write; it does not say why."""
 
 
