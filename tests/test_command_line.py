@@ -248,7 +248,10 @@ def test_unknown_hub_model(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = refused(*train, "--model", "graftwork-nobody/nothing", hint=True)
-    assert "model 'graftwork-nobody/nothing' cannot be loaded" in said
+    assert (
+        "model 'graftwork-nobody/nothing' is not in the cache, and HF_HUB_OFFLINE keeps from the network"
+        in said
+    )
 
 
 def test_model_folder_without_weights(

@@ -301,4 +301,5 @@ def test_an_adapter_is_merged_first(trainer: Any, words: Words, model: Path, tmp
     get_peft_model(load_model(str(model)), LoraConfig(r=2)).save_pretrained(str(tmp_path / "adapter"))
     outcome = trainer(*words(tmp_path / "run", of=tmp_path / "adapter"))
     assert outcome.code == 2
-    assert "is an adapter; merge it into its base model first" in outcome.err
+    assert "which is an adapter: it changes plain weights" in outcome.err
+    assert "merge the adapter into its base model first" in outcome.err

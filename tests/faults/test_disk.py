@@ -172,10 +172,12 @@ BUSY = {
 }
 
 
-def _begun(commands: Any, name: str, **options: Any) -> Started:
+def _begun(commands: Any, name: str, *, written: bool = False, **options: Any) -> Started:
+    """Start a command and wait for what it begins with; ``written``: until something stands in it."""
     process = commands.start(name, **options)
     deadline = time.monotonic() + 120
-    while not (commands.output / BUSY[name]).exists():
+    busy = commands.output / BUSY[name]
+    while not busy.exists() or (written and not busy.stat().st_size):
         assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -209,7 +211,7 @@ def test_a_second_process_is_refused(commands: Any, sentence: Told, name: str) -
     ],
 )
 def test_a_process_that_is_told_to_stop(commands: Any, name: str, number: int, code: int) -> None:
-    process = _begun(commands, name)
+    process = _begun(commands, name, written=True)
     process.send(number)
     assert process.wait() == code, process.said()
     word = {143: "terminated", 130: "interrupted"}[code]

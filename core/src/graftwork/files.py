@@ -256,9 +256,13 @@ def _make_aside(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
     _sweep(path)
     while True:
         aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
-        descriptor = make(aside)
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            descriptor = make(aside)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except KeyboardInterrupt:
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            raise
         if aside.exists():
             return aside, descriptor
         os.close(descriptor)  # swept by another process before it was locked
