@@ -354,4 +354,4 @@ def test_storage(experts: Experts) -> None:
     }
     assert bits == {"average": 32, "tall": 67, "emr": 67, "one-bit": 35, "base": 32, "experts": 96}
     with pytest.raises(UserError, match="expert 'a' is a whole model; this keeps LoRA adapters"):
-        begun(KeptLoraMethod(), experts)
+        KeptLoraMethod().check(experts)
