@@ -22,7 +22,7 @@ from graftwork.plugins import discover, load_class
 from graftwork.recipe import ModelOptions
 from graftwork.testing.data import tiny_stream, tiny_sums
 from graftwork.testing.distributed import Job, compare, compared, run
-from graftwork.testing.models import CONFIGS, tiny_checkpoint, tiny_tokenizer
+from graftwork.testing.models import tiny_checkpoint, tiny_judge
 from graftwork.testing.packages import install_plugin
 from graftwork.train.sharding import KINDS, TRAINING
 
@@ -88,7 +88,7 @@ def make(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     folder = tmp_path_factory.mktemp("data")
     stream = tiny_stream(folder / "stream", ("fruit", "colour"), train=16, test=4)
     sums = tiny_sums(folder / "sums", train=16, test=4)
-    judge = reward_model(folder / "judge")
+    judge = tiny_judge(folder / "judge")
     models = {False: checkpoint, True: tiny_checkpoint(folder / "tied", tie_word_embeddings=True)}
 
     def job(name: str, kind: str | None = None, *more: str) -> Job:
@@ -104,25 +104,6 @@ def make(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return Job(name, [*words, *more], 4, sharded, arm.tolerance or {})
 
     return job
-
-
-def reward_model(folder: Path) -> Path:
-    """Save a random model of one logit for a text."""
-    from transformers import AutoModelForSequenceClassification, LlamaConfig
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    config = LlamaConfig(
-        **CONFIGS["llama"],
-        vocab_size=len(tokenizer),
-        num_labels=1,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def events(root: Path, kind: str) -> list[dict[str, Any]]:

@@ -261,7 +261,7 @@ def _make_aside(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         except KeyboardInterrupt:
-            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            _remove(aside)
             raise
         if aside.exists():
             return aside, descriptor
@@ -274,12 +274,16 @@ def _sweep(path: Path) -> None:
             descriptor = os.open(leftover, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+                _remove(leftover)
             finally:
                 os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _new_file(path: Path) -> int:

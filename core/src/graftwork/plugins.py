@@ -51,8 +51,12 @@ def discover() -> dict[str, PluginInfo]:
         UserError: two distributions offer a plugin of the same name, or one a name that none may have.
     """
     found: dict[str, PluginInfo] = {}
+    # By distribution: some bring many plugins.
+    about: dict[Any, tuple[str, str]] = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        name, version = _name_and_version(point.dist)
+        if point.dist not in about:
+            about[point.dist] = _name_and_version(point.dist)
+        name, version = about[point.dist]
         if not NAME.fullmatch(point.name):
             raise UserError(
                 f"package '{name}' offers a plugin called {point.name!a}; names are made of small letters, digits "
@@ -76,9 +80,7 @@ def _name_and_version(distribution: importlib.metadata.Distribution | None) -> t
         if distribution
         else ""
     )
-    for line in text.splitlines():
-        if not line:
-            break
+    for line in text.partition("\n\n")[0].splitlines():
         key, _, value = line.partition(": ")
         if key in found:
             found[key] = value.strip()

@@ -16,7 +16,7 @@ from graftwork.compat.pair_trainer import PairTrainer
 from graftwork.models import load_model
 from graftwork.plugins import construct
 from graftwork.testing.data import tiny_sums
-from graftwork.testing.models import CONFIGS, tiny_checkpoint, tiny_tokenizer
+from graftwork.testing.models import tiny_checkpoint, tiny_judge, tiny_tokenizer
 from graftwork.testing.runs import losses, run_tiny, tiny_recipe
 from graftwork_tpaw import dpo_loss, spin_loss, team_loss
 from graftwork_tpaw.iterative_dpo import best_and_worst
@@ -50,26 +50,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random reward model: one logit for a text."""
-    return reward_model(tmp_path_factory.mktemp("judge") / "judge")
-
-
-def reward_model(folder: Path, labels: int = 1, template: bool = False) -> Path:
-    from transformers import AutoModelForSequenceClassification, LlamaConfig
-
-    tokenizer = tiny_tokenizer()
-    if not template:
-        tokenizer.chat_template = None
-    config = LlamaConfig(
-        **CONFIGS["llama"],
-        vocab_size=len(tokenizer),
-        num_labels=labels,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_judge(tmp_path_factory.mktemp("judge") / "judge")
 
 
 Play = Callable[..., tuple[dict[str, Any], Path]]
@@ -351,7 +332,7 @@ def test_a_reward_model_gives_its_logit(judge: Path, tmp_path: Path) -> None:
         with torch.no_grad():
             assert found == pytest.approx(model(ids).logits.item(), abs=1e-4)
     talk = [{"role": "user", "content": "hello"}]
-    with_template = RewardModel(str(reward_model(tmp_path / "chat", template=True)))
+    with_template = RewardModel(str(tiny_judge(tmp_path / "chat", template=True)))
     (found,) = with_template([sample("yes", prompt=talk)])
     ids = tokenizer("<user>hello\n<assistant>yes\n", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -443,7 +424,7 @@ def test_a_reward_that_cannot_be_used_is_refused_before_anything_is_loaded(
     play: Play, checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"has 3 outputs; name exact, f1, or a sequence-classification model"):
-        play("iterative-dpo", reward=str(reward_model(tmp_path / "three", labels=3)))
+        play("iterative-dpo", reward=str(tiny_judge(tmp_path / "three", labels=3)))
     with pytest.raises(UserError, match=r"does not exist"):
         play("iterative-dpo", reward="./nowhere")
     empty = tmp_path / "empty"

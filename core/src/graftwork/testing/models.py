@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -79,4 +80,27 @@ def tiny_checkpoint(folder: Path, kind: str = "llama", **changes: Any) -> Path:
     """Save a tiny model and its tokenizer to ``folder`` and return it."""
     tiny_model(kind, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_judge(folder: Path, *, labels: int = 1, template: bool = False) -> Path:
+    """Save a random model that gives a text ``labels`` logits to ``folder`` and return it.
+
+    ``template``: its tokenizer has a chat template.
+    """
+    tokenizer = tiny_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    config = AutoConfig.for_model(
+        "llama",
+        **CONFIGS["llama"],
+        vocab_size=len(tokenizer),
+        num_labels=labels,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
     return folder

@@ -7,27 +7,12 @@ from typing import Any, Literal
 
 from graftwork.card import hooks_of
 from graftwork.plugins import find, load_class
-from graftwork.recipe import load
-from graftwork.recipes import shipped
-from graftwork.yaml_lines import read
+from graftwork.testing.smoke import smoke_recipes
+from graftwork.train.sharding import TRAINING
 
 Stage = Literal["train", "transform", "generate"]
 STAGES: dict[Stage, frozenset[str]] = {
-    "train": frozenset(
-        {
-            "adapter_config",
-            "training_algorithm",
-            "self_play",
-            "loss_terms",
-            "transform_gradients",
-            "learning_rate_factors",
-            "batch_begin",
-            "task_stream",
-            "training_data",
-            "task_begin",
-            "task_end",
-        }
-    ),
+    "train": frozenset(TRAINING),
     "transform": frozenset({"weight_transforms"}),
     "generate": frozenset({"logits_processors", "generation_context", "combiner", "before_forward"}),
 }
@@ -56,11 +41,8 @@ def neutral_options(name: str) -> dict[str, Any] | None:
 
 
 def _from_recipes(name: str) -> dict[str, Any]:
-    for path in shipped(find(name)).values():
-        sizes = read(path).data.get("sizes") or {}
-        if sizes and "smoke" not in sizes:
-            continue
-        for spec in load(path, size="smoke" if sizes else None).jobs:
+    for _, recipe in smoke_recipes(find(name)):
+        for spec in recipe.jobs:
             if name in spec.job.plugins:
                 return _without_steps(spec.job.plugins[name])
     return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,6 @@ def changed(stored: Sequence[Mapping[str, Any]]) -> list[int]:
         except UserError:
             found.append(number)
             continue
-        if any(getattr(again, key) != one[key] for key in ("logits", "scores", "tokens")):
+        if any(value != one[key] for key, value in asdict(again).items()):
             found.append(number)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,11 +23,7 @@ class Trail:
         """What a plugin must change in some way to have an effect."""
         found = dict(self.numbers)
         if self.reading is not None:
-            found |= {
-                "logits": self.reading.logits,
-                "scores": self.reading.scores,
-                "tokens": self.reading.tokens,
-            }
+            found |= asdict(self.reading)
         return found
 
 

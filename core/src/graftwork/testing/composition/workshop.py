@@ -27,7 +27,7 @@ from graftwork.testing.composition.parts import Stage, stages_of, tiny_options
 from graftwork.testing.composition.trail import Broken
 from graftwork.testing.data import tiny_stream, tiny_sums
 from graftwork.testing.experts import save_tiny, tiny_experts, tiny_lora_experts
-from graftwork.testing.models import tiny_model
+from graftwork.testing.models import tiny_judge
 from graftwork.testing.runs import TINY_TRAIN, losses
 from graftwork.train.job import run_job
 from graftwork.transform.calibration import read_windows
@@ -35,7 +35,14 @@ from graftwork.transform.job import run_transform
 from graftwork.transform.options import TransformOptions
 from graftwork.yaml_lines import Document
 
-TEXTS = {"samples": 4, "window": 32, "evaluation_window": 32, "batch_size": 4}
+TEXTS = {
+    "calibration": "random",
+    "samples": 4,
+    "window": 32,
+    "evaluation": "random",
+    "evaluation_window": 32,
+    "batch_size": 4,
+}
 CLOSE = 1e-5
 """How far a model that is read again may be from the one that was in memory, in nats per token: the shapes of
 batches differ, and with them the order of sums."""
@@ -56,7 +63,7 @@ class Workshop:
         base, whole = tiny_experts(folder / "models", ("a", "b"), num_hidden_layers=4)
         self.base = str(base)
         self._experts = {self.base: [whole, tiny_lora_experts(folder / "models", base)]}
-        _judge(folder / "models/judge")
+        tiny_judge(folder / "models/judge")
         self.stream = tiny_stream(folder / "stream", ("fruit", "colour"), train=16, test=4)
         self.sums = tiny_sums(folder / "sums", train=16, test=4)
         self.text = folder / "text.txt"
@@ -93,25 +100,26 @@ class Workshop:
 
     def words(self, name: str, stage: Stage) -> list[str]:
         """Return the command of a stage of one plugin, as ``trainer`` takes it, without ``--output``."""
+        sets = _flat(f"plugins.{name}", self.options(name))
         if stage == "generate":
             questions = self.folder / "questions.jsonl"
             rows = [{"context": "Rome lies in France.", "question": f"Where is {n}?"} for n in range(12)]
             questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            sets = [*_flat(f"plugins.{name}", self.options(name)), "max_new_tokens=4"]
+            sets.append("max_new_tokens=4")
             chosen = ["--input", str(questions), "--batch-size", "2"]
         elif stage == "train":
             settings = self._training((name,))
             settings["train"] = {**settings["train"], "save_strategy": "steps", "save_steps": 1}
             chosen = ["--data", str(settings.pop("data"))]
-            sets = [*_flat(f"plugins.{name}", self.options(name)), *_flat("", settings)]
+            sets += _flat("", settings)
         else:
             whole, adapters = self._experts_of(self.base)
-            texts: dict[str, Any] = {**TEXTS, "calibration": "random", "evaluation": "random"}
+            texts: dict[str, Any] = dict(TEXTS)
             if self._merges((name,)):
-                model, numbers = self.write("transform", self.base, (name,))
-                del model
+                _, numbers = self.write("transform", self.base, (name,))
                 texts["experts"] = adapters if numbers["adapters"] else whole
-            chosen, sets = [], [*_flat(f"plugins.{name}", self.options(name)), *_flat("transform", texts)]
+            chosen = []
+            sets += _flat("transform", texts)
         settings_words = [word for one in sets for word in ("--set", one)]
         return [stage, "--model", self.base, "--plugin", name, *chosen, *settings_words]
 
@@ -182,7 +190,7 @@ class Workshop:
         }
 
     def _transform(self, model: str, members: tuple[str, ...], folder: Path) -> dict[str, Any]:
-        texts: dict[str, Any] = {**TEXTS, "calibration": "random", "evaluation": "random"}
+        texts: dict[str, Any] = dict(TEXTS)
         only_adapters = False
         if not self._merges(members):
             result = self._transformed(model, members, folder, texts)
@@ -243,17 +251,6 @@ def _flat(prefix: str, settings: Mapping[str, Any]) -> list[str]:
         else:
             found.append(f"{name}={json.dumps(value)}")
     return found
-
-
-def _judge(folder: Path) -> None:
-    """Write a random model that scores answers, for plugins that ask one."""
-    from transformers import AutoModelForSequenceClassification
-
-    config = tiny_model().config
-    config.num_labels = 1
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_tiny(AutoModelForSequenceClassification.from_config(config), folder)
 
 
 def _placed(value: Any, folder: Path) -> Any:

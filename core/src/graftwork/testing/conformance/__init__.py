@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from graftwork.console import Console
-from graftwork.errors import UserError
+from graftwork.errors import PluginError, UserError
 from graftwork.plugins import find
-from graftwork.testing.conformance.running import RUNNING, guarded
+from graftwork.testing.composition.trail import Broken
+from graftwork.testing.conformance.running import RUNNING
 from graftwork.testing.conformance.static import STATIC
 from graftwork.testing.conformance.trial import Failed, Promise, Tools, Trial, Without, tools
 
@@ -60,7 +61,7 @@ def check(
     ):
         trial = Trial(info, folder, shared or own)
         for title, promise in promises:
-            found.append(_verdict(title, guarded(promise), trial))
+            found.append(_verdict(title, promise, trial))
             bar.update(1)
     return found
 
@@ -70,7 +71,7 @@ def _verdict(title: str, promise: Promise, trial: Trial) -> Check:
         return Check(title, "passed", promise(trial) or "")
     except Without as reason:
         return Check(title, "does not apply", str(reason))
-    except (Failed, UserError) as reason:
+    except (Failed, UserError, PluginError, Broken) as reason:
         return Check(title, "failed", str(reason))
 
 

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwork.errors import PluginError
 from graftwork.plugins import PluginInfo
-from graftwork.recipe import Job, load
-from graftwork.recipes import shipped
-from graftwork.testing.composition.trail import Broken
-from graftwork.testing.conformance.trial import Failed, Promise, Trial, Without, sizes_of
+from graftwork.recipe import Job
+from graftwork.testing.conformance.trial import Failed, Promise, Trial, Without
+from graftwork.testing.smoke import smoke_recipes
 
 KILLS = 3
 """How often each command of a plugin is killed."""
@@ -28,11 +26,7 @@ SECONDS = 900
 def _smoke(info: PluginInfo) -> tuple[str, list[str]]:
     """Return the shortest smoke recipe in which the plugin takes part, and the steps that it needs."""
     found: list[tuple[int, str, list[str]]] = []
-    for name, path in shipped(info).items():
-        sizes = sizes_of(path)
-        if sizes and "smoke" not in sizes:
-            continue
-        recipe = load(path, size="smoke" if sizes else None)
+    for name, recipe in smoke_recipes(info):
         mine = [spec for spec in recipe.jobs if _takes_part(info.name, spec.job)]
         if not mine:
             continue
@@ -192,18 +186,6 @@ def _two_processes(trial: Trial) -> str:
     except AssertionError as error:
         raise Failed(f"two processes do not learn what one does: {error}") from error
     return f"losses within {found.largest.get('loss', 0.0):.0e} of one process's"
-
-
-def guarded(promise: Promise) -> Promise:
-    """Let what a plugin raises, or breaks on a tiny model, be a failure of the promise."""
-
-    def tried(trial: Trial) -> str | None:
-        try:
-            return promise(trial)
-        except (PluginError, Broken) as error:
-            raise Failed(str(error)) from error
-
-    return tried
 
 
 RUNNING: tuple[tuple[str, Promise], ...] = (

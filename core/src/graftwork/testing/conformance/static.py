@@ -13,7 +13,8 @@ from graftwork.errors import UserError
 from graftwork.plugins import Plugins, construct, load_class, options_class
 from graftwork.recipe import load
 from graftwork.recipes import shipped
-from graftwork.testing.conformance.trial import Failed, Promise, Trial, Without, sizes_of
+from graftwork.testing.conformance.trial import Failed, Promise, Trial, Without
+from graftwork.testing.smoke import sizes_of
 
 IMPORT_SECONDS = 0.5
 """What a plugin's own modules may take to be imported, without the libraries that they import."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graftwork.plugins import PluginInfo
 
@@ -75,10 +75,3 @@ def tools(folder: Path) -> Iterator[Tools]:
         yield made
     finally:
         made.close()
-
-
-def sizes_of(path: Path) -> dict[str, Any]:
-    """Return the sizes of a recipe by name."""
-    from graftwork.yaml_lines import read
-
-    return read(path).data.get("sizes") or {}
